@@ -14,7 +14,7 @@ from torch import nn
 from lowmem.calibrate.calibrator import Calibrator
 from lowmem.calibrate.device import DeviceFacts
 from lowmem.config.cards import Card
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import KIB, MIB
@@ -232,6 +232,8 @@ class Request:
     optim: OptimConfig = field(default_factory=OptimConfig)
     joint: bool = False  # one of several processes that train the run; `batch` is its own share
     sync_bn: bool = False
+    label_smoothing: bool = False
+    mixup: bool = False
     host: HostTerms | None = None  # of the memory in which tensors may wait; None: they may not
     stages: tuple[str, ...] | None = None  # modules that are the links of the chain; None: as it is traced
     batch_norm: Literal["library", "native"] = "native"
@@ -254,6 +256,8 @@ class Request:
             library_norm=self.batch_norm == "library",
             joint=self.joint,
             sync_bn=self.sync_bn,
+            label_smoothing=self.label_smoothing,
+            mixup=self.mixup,
             stages=self.stages,
         )
 
@@ -317,6 +321,7 @@ class Choice:
             extra_flops=simulated.flops - self.plain.flops,
             host_bytes=solution.host_bytes,
             waiting_seconds=solution.waiting_seconds * self.shape.accumulation,
+            hidden_share=solution.hidden_share,
         )
 
 

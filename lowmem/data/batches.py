@@ -22,7 +22,8 @@ from torch import Tensor
 from lowmem.core import counter_rng as addressed
 from lowmem.data.cutting import Cutter, middles
 from lowmem.data.enlarging import Enlarger
-from lowmem.data.pictures import CHANNELS, MOST_HELD_BYTES, AnyPictures, MappedPictures, Triple
+from lowmem.data.mixing import cutout_boxes, erase_, erased_boxes, mixup_share, partners
+from lowmem.data.pictures import MOST_HELD_BYTES, AnyPictures, MappedPictures, PerChannel
 
 Part = tuple[int, int]  # of a batch, its pictures [first, past)
 PADDING = 4
@@ -47,10 +48,10 @@ def augmentation(seed: int, epoch: int, samples: NDArray[np.integer]) -> NDArray
 
 
 class Normalizer:
-    """uint8 [B, 3, N, N] -> float32 of the same shape, (x / 255 - mean) / std per channel."""
+    """uint8 [B, C, N, N] -> float32 of the same shape, (x / 255 - mean) / std per channel."""
 
-    def __init__(self, mean: Triple, std: Triple, device: torch.device) -> None:
-        shape = (CHANNELS, 1, 1)
+    def __init__(self, mean: PerChannel, std: PerChannel, device: torch.device) -> None:
+        shape = (len(mean), 1, 1)
         self._shift = torch.tensor([255.0 * m for m in mean], dtype=torch.float32).view(shape).to(device)
         self._scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32).view(shape).to(device)
 
@@ -63,12 +64,18 @@ class Normalizer:
         # Converting last is 2.5 times faster on a CPU than widening into a channels-last tensor.
         return out.contiguous(memory_format=memory_format)
 
+    @property
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """What is subtracted from the bytes, and what the difference is multiplied by: float32 [C, 1, 1] each."""
+        return self._shift, self._scale
+
 
 class TrainBatches:
     """The training batches of every epoch, by (epoch, step): no state, any step can be asked at any time.
 
     Pictures in memory move to `device` as uint8 and stay there, unless they are too many (no copy on the CPU). `batch`:
     pictures in a step; the last step of an epoch has the rest. `augment`: random crop and random horizontal flip.
+    `cutout`, `random_erasing`, `mixup`: see `DataConfig` and `lowmem.data.mixing`.
     """
 
     def __init__(
@@ -78,9 +85,12 @@ class TrainBatches:
         seed: int,
         batch: int,
         augment: bool,
-        mean: Triple,
-        std: Triple,
+        mean: PerChannel,
+        std: PerChannel,
         device: torch.device | str,
+        cutout: int | None = None,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
     ) -> None:
         if batch < 1 or len(pictures) == 0:
             raise ValueError(f"batch {batch} of {len(pictures)} pictures: both must be at least 1")
@@ -91,6 +101,9 @@ class TrainBatches:
         self._normalize = Normalizer(mean, std, self._device)
         self._planned_epoch: int | None = None
         self._plan = torch.empty(0)
+        self._size, self._cutout, self._erasing, self._mixup = pictures.image_size, cutout, random_erasing, mixup
+        self._boxes: tuple[Tensor, ...] = ()  # of the planned epoch, on the device: what is erased
+        self._partners = torch.empty(0)
         self._enlarge = Enlarger(pictures.side, pictures.image_size, self._device)
         self._side = pictures.side
         self._cutter: Cutter | None = None
@@ -104,8 +117,8 @@ class TrainBatches:
                 self._place = host
             self._images = pictures.images.contiguous().to(self._place)
             self._columns = torch.arange(self._side, device=self._place)
-            first = torch.arange(CHANNELS, device=self._place).view(CHANNELS, 1) * (self._side + 2 * PADDING)
-            self._rows = first + self._columns  # [3, S]: rows of the top left crop of one padded picture
+            first = torch.arange(pictures.channels, device=self._place).view(-1, 1) * (self._side + 2 * PADDING)
+            self._rows = first + self._columns  # [C, S]: rows of the top left crop of one padded picture
         self._labels = pictures.labels.to(self._place)
 
     def size(self, step: int) -> int:
@@ -117,13 +130,35 @@ class TrainBatches:
     def batch(
         self, epoch: int, step: int, *, memory_format: torch.memory_format = _CONTIGUOUS, part: Part | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Step `step` (from 0) of epoch `epoch`: float32 [B, 3, N, N] normalised, int64 [B], on the device. Raises
-        IndexError. `part`: only that of it, with the bits that it has in the whole batch."""
-        images, labels = self.raw_batch(epoch, step, part=part)
-        return self._normalize(images, memory_format), labels
+        """Step `step` (from 0) of epoch `epoch`: float32 [B, C, N, N] normalised, int64 [B], on the device. Raises
+        IndexError. `part`: only that of it, with the bits that it has in the whole batch. With mixup the labels are
+        int64 [B, 2]: of the picture and of what it is mixed with; `share` tells how much of it is the picture's."""
+        first, past = part or (0, self.size(step))
+        start, past = step * self.batch_size, min(past, self.size(step))
+        if not self._mixup:
+            images, labels = self.raw_batch(epoch, step, part=part)
+            return self._finished(images, slice(start + first, start + past), memory_format), labels
+        images, labels = self.raw_batch(epoch, step)  # of all: the partners may be anywhere among them
+        others = self._partners[start + first : start + past]
+        mixed = self._finished(images[first:past], slice(start + first, start + past), memory_format)
+        added = self._finished(images.index_select(0, others), start + others, memory_format)
+        share = self.share(epoch, step)
+        labels = torch.stack([labels[first:past], labels.index_select(0, others)], 1)
+        return mixed.mul_(share).add_(added.mul_(1 - share)), labels
+
+    def share(self, epoch: int, step: int) -> float:
+        """Of the first of two labels, and of a picture in what it is mixed to; 1 without mixup."""
+        return mixup_share(self._seed, epoch, step, self._mixup) if self._mixup else 1.0
+
+    def _finished(self, images: Tensor, places: slice | Tensor, memory_format: torch.memory_format) -> Tensor:
+        """Normalised, and without what is erased. `places`: of the pictures in the epoch's order."""
+        out = self._normalize(images, memory_format)
+        for boxes in self._boxes:
+            erase_(out, boxes[:, places])
+        return out
 
     def raw_batch(self, epoch: int, step: int, *, part: Part | None = None) -> tuple[Tensor, Tensor]:
-        """As `batch`, cropped and flipped but not normalised: uint8 [B, 3, N, N], int64 [B]."""
+        """As `batch`, cropped and flipped but not normalised: uint8 [B, C, N, N], int64 [B]."""
         first, past = part or (0, self.size(step))
         start = step * self.batch_size
         plan = self._epoch_plan(epoch)
@@ -148,31 +183,40 @@ class TrainBatches:
             if self._cutter is not None:
                 draws = np.concatenate([self._cutter.boxes(epoch, order), draws[2:]])
             self._plan = torch.from_numpy(np.stack([order, *draws])).to(self._place)
+            found = []
+            if self._cutout is not None:
+                found.append(cutout_boxes(self._seed, epoch, order, self._size, self._cutout))
+            if self._erasing:
+                found.append(erased_boxes(self._seed, epoch, order, self._size, self._erasing))
+            self._boxes = tuple(torch.from_numpy(boxes).to(self._device) for boxes in found)
+            if self._mixup:
+                each = [partners(self._seed, epoch, at, self.size(at)) for at in range(self.steps_per_epoch)]
+                self._partners = torch.from_numpy(np.concatenate(each)).to(self._device)
             self._planned_epoch = epoch
         return self._plan
 
     def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """Rows from `top`, columns from `left` of the padded pictures; columns mirrored where `flip` is 1."""
-        n, side = images.shape[0], self._side
+        (n, channels), side = images.shape[:2], self._side
         width = side + 2 * PADDING
-        padded = F.pad(images, (PADDING,) * 4).view(n * CHANNELS * width, width)
-        first = torch.arange(n, device=images.device) * (CHANNELS * width) + top
+        padded = F.pad(images, (PADDING,) * 4).view(n * channels * width, width)
+        first = torch.arange(n, device=images.device) * (channels * width) + top
         rows = (first.view(n, 1, 1) + self._rows).view(-1)
-        bands = padded.index_select(0, rows).view(n, CHANNELS, side, width)
+        bands = padded.index_select(0, rows).view(n, channels, side, width)
         # left + j, or left + side - 1 - j if flipped
         columns = (left + flip * (side - 1)).view(n, 1) + (1 - 2 * flip).view(n, 1) * self._columns
-        return bands.gather(3, columns.view(n, 1, 1, side).expand(n, CHANNELS, side, side))
+        return bands.gather(3, columns.view(n, 1, 1, side).expand(n, channels, side, side))
 
 
 def eval_batches(
     pictures: AnyPictures,
     batch: int,
-    mean: Triple,
-    std: Triple,
+    mean: PerChannel,
+    std: PerChannel,
     device: torch.device | str,
     memory_format: torch.memory_format = _CONTIGUOUS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pictures in order, not augmented: float32 [B, 3, N, N] normalised, int64 [B], on the device, one batch at
+    """All pictures in order, not augmented: float32 [B, C, N, N] normalised, int64 [B], on the device, one batch at
     a time: evaluation must not hold a second data set on a small card. Of larger pictures on the disk the middle."""
     if batch < 1:
         raise ValueError(f"batch {batch}: it must be at least 1")

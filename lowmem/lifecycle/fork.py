@@ -1,7 +1,8 @@
 """A new run from a checkpoint of an old one, with changed settings; the old run is only read.
 
 The past is not rewritten: rows, weights and momentum up to the checkpoint are the old run's, and a fork that changes
-the number of epochs leaves the schedule's milestones where they were, unless the schedule is asked to change too.
+the number of epochs leaves the schedule's milestones where they were, unless the schedule is asked to change too. A
+smooth schedule keeps its warm-up and falls to the new end: the rate is that of a run which was of the new length.
 At a step in the middle of an epoch the rest of it is trained under the new settings, on the pictures that were still
 to come: so nothing may change which those are.
 """
@@ -18,11 +19,11 @@ from lowmem.choose.decide import RecordedRun, batch_chosen
 from lowmem.choose.execution import resolve_execution
 from lowmem.config.networks import refuse_changed_files
 from lowmem.config.paths import where_else
-from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OWN_NETWORK, Config, flatten
+from lowmem.config.schema import OF_THE_WEIGHTS, ONLY_AT_THE_BEGINNING, OWN_NETWORK, Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import counted
+from lowmem.core.units import counted, format_duration
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.begin import New, warn_of_names, with_hashes
@@ -37,10 +38,11 @@ from lowmem.runs.view import RunView
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.replica import exact_settings, identity_of
-from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low
+from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low, warmup_epochs
 
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
 _SCHEDULE = ("schedule.milestones", "schedule.reference_epochs")
+_WARMUP = "schedule.warmup_epochs"
 # What decides which picture comes when.
 _READ = (
     "data.train_subset", "data.val_split", "data.val_folder", "data.test_split", "data.skip_damaged", "data.fit",
@@ -98,13 +100,18 @@ def find(run: Path, config: Config, at: int | str, into: Config | None = None) -
 
 
 def changed(recorded: Settings, values: Mapping[str, object], why: str) -> Settings:
-    """The settings of the fork. With another number of epochs the milestones stay at the epochs where they were,
-    unless the schedule's own are among `values`. Raises UsageError."""
+    """The settings of the fork. With another number of epochs the milestones stay at the epochs where they were, and
+    so does the end of a warm-up, unless the schedule's own are among `values`. Raises UsageError."""
     epochs, old = values.get("train.epochs"), recorded.config
     asked = any(key in values for key in _SCHEDULE)
     if type(epochs) is int and epochs > 0 and epochs != old.train.epochs and not asked:
-        where = dict(zip(_SCHEDULE, (scaled_milestones(old), epochs), strict=True))
+        where: dict[str, object] = dict(zip(_SCHEDULE, (scaled_milestones(old), epochs), strict=True))
+        # The share of the run that is one-cycle's, in epochs.
+        if 0 < warmup_epochs(old) < epochs and not {_WARMUP, "schedule.kind"} & set(values):
+            where[_WARMUP] = warmup_epochs(old)
         recorded = recorded.replace(where, f"{why}, as it was")
+    if old.train.hours is not None and "train.hours" not in values:  # it is nearly over
+        recorded = recorded.replace({"train.hours": None}, f"{why}, whose time it was")
     if "model.spec" in values:  # named now: of the files as they are
         values = {"model.args": {}, **values, "model.sha256": {}}
     return recorded.replace(values, why)
@@ -121,15 +128,15 @@ def check(old: Config, new: Config, *, named: bool = False) -> Changes:
                 "model.sha256 is recorded, and cannot be set in a fork: name the network with --model, and its files "
                 "are taken as they are"
             )
-        if key.startswith("model.") and key not in OWN_NETWORK:
+        if (key.startswith("model.") and key not in OWN_NETWORK) or key in OF_THE_WEIGHTS:
             raise UsageError(
                 f"{key} cannot become {after[key]!r} in a fork: the weights are for {before[key]!r} only; "
                 "start a new run with `lowmem train`"
             )
         if key in ONLY_AT_THE_BEGINNING:
             raise UsageError(
-                f"{key} decides other settings when a run is begun, and cannot be changed in a fork: set those with "
-                "--set, or start a new run with `lowmem train`"
+                f"{key} decides how a run is begun, and cannot be changed in a fork, which goes on from a checkpoint: "
+                "start a new run with `lowmem train`"
             )
     if not changes:
         raise UsageError(
@@ -188,6 +195,12 @@ class Fork(New):
             raise UsageError(
                 f"the fork is at step {at.step} and would stop at train.max_steps = {stop}: add --set "
                 "train.max_steps=null"
+            )
+        spent, hours = read_state(self._point.saved.state, at.step).elapsed_seconds, new.train.hours
+        if hours is not None and spent >= 3600 * hours:
+            raise UsageError(
+                f"the fork is at {format_duration(spent)} of training and would stop at train.hours = {hours:g}, which "
+                "count from the old run's first step: give more of them, or leave them out"
             )
         other = [key for key in _ORDER if key in self._changes]
         if not same_pictures and ("data.test_subset" not in self._changes or "data.source" in self._changes):
@@ -251,12 +264,19 @@ class Fork(New):
         lines = [f"a fork of {run} from {place} ({at.path.name}); {run} stays as it is"]
         milestones = scaled_milestones(old)
         stays = "train.epochs" in self._changes and milestones == scaled_milestones(new)
+        smooth = new.schedule.kind != "steps"
+        as_it_was = _SCHEDULE if warmup_epochs(old) != warmup_epochs(new) else (*_SCHEDULE, _WARMUP)
         for key, (before, after) in self._changes.items():
             if key == "model.sha256":
                 lines.append(_describe_files(before, after))
-            elif not (stays and key in _SCHEDULE):
+            elif not (stays and key in as_it_was):
                 lines.append(f"{key}: {before!r} -> {after!r}")
-        if stays:
+        if stays and smooth and old.schedule.kind == new.schedule.kind:
+            lines.append(
+                f"the {new.schedule.kind} schedule now ends with epoch {new.train.epochs}: from here on the rate is "
+                "what a run of that length has there"
+            )
+        elif stays and not smooth:
             listed = " and ".join(f"{milestone:.5g}" for milestone in milestones)
             epochs = f"epoch {listed}" if milestones else "none"
             lines.append(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.distributed.group import Group, Split
 from lowmem.measure.out_of_memory import Failure
 from lowmem.plan.cost import Rates
@@ -23,7 +23,7 @@ from lowmem.step.data_parallel import DataParallelStep
 from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
-_LR = 0.1  # any: it takes no memory
+_LR, _SMOOTHING = 0.1, 0.1  # any: they take no memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class StepShape:
     library_norm: bool = False  # see lowmem.remat.batch_norm; of a planned step
     joint: bool = False  # one of several processes that sum their gradients
     sync_bn: bool = False
+    label_smoothing: bool = False
+    mixup: bool = False  # pictures with two labels each
     stages: tuple[str, ...] | None = None  # the chain's links, where they are named; None: as it is traced
 
     @property
@@ -94,7 +96,7 @@ class StepSimulator:
     on the same outlines: between two steps there are parameters, buffers and what the optimizer keeps, as at first."""
 
     def __init__(self, shape: StepShape, workspace: Callable[[Call], int] | None = None) -> None:
-        self.shape, self._workspace = shape, workspace
+        self.shape, self.workspace = shape, workspace
         self._run: StepRun | None = None
         self._recorder = Recorder(workspace)
         self._begun = (0, 0, 0)  # the recorder's mark of where a step begins
@@ -103,7 +105,7 @@ class StepSimulator:
     def simulate(self, schedule: Schedule, rates: Rates, capacity_bytes: int | None = None) -> Simulated:
         """See `simulate_step`."""
         if self._run is None or self.shape.joint:  # what is summed over processes keeps notes from step to step
-            self._run, self._recorder = None, Recorder(self._workspace)
+            self._run, self._recorder = None, Recorder(self.workspace)
         with OutlineMode(), self._recorder:
             run, self._run = self._prepared(schedule), None
             _run_recorded(self._recorder, run, 1)
@@ -144,12 +146,21 @@ def _built(shape: StepShape, way: Callable[[nn.Module], nn.Module], optimizer: M
         split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
         joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
         joint.begin(shape.batch)
-    clip_norm = shape.optim.clip_norm
-    step = TrainStep(run, update, make_scaler(execution), execution, shape.micro_batch, joint, clip_norm=clip_norm)
+    clip_norm, smoothing = shape.optim.clip_norm, _SMOOTHING if shape.label_smoothing else 0.0
+    step = TrainStep(
+        run,
+        update,
+        make_scaler(execution),
+        execution,
+        shape.micro_batch,
+        joint,
+        clip_norm=clip_norm,
+        label_smoothing=smoothing,
+    )
     images = torch.empty(shape.batch, *shape.image_shape, dtype=shape.dtype).contiguous(
         memory_format=execution.torch_memory_format
     )
-    labels = torch.zeros(shape.batch, dtype=torch.int64)
+    labels = torch.zeros((shape.batch, 2) if shape.mixup else shape.batch, dtype=torch.int64)
     undo = Undo(step, run) if isinstance(run, PlannedModule) else None
     return StepRun(step=step, images=images, labels=labels, undo=undo)
 

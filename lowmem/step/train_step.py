@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.step.data_parallel import DataParallelStep
 
 FUSED: Mapping[str, bool] = {"fused": True}
@@ -129,6 +129,14 @@ def _move_means(share: float, optimizer: torch.optim.Optimizer, *_: object) -> N
     torch._foreach_lerp_(means, list(optimizer.state), share)
 
 
+@torch.no_grad()
+def restart_means(optimizer: torch.optim.Optimizer) -> None:
+    """Of weights that have other values now, from these on."""
+    for parameter, slots in optimizer.state.items():
+        if EMA in slots:
+            slots[EMA].copy_(parameter)
+
+
 @contextmanager
 def mean_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside it the parameters have their running means for values, if there are any, and these have theirs: they
@@ -169,16 +177,24 @@ class TrainStep:
     joint: DataParallelStep | None = None  # with whom the step is made; None: by this process alone
     phase: str = "data"  # or forward, backward, reduction, gradient norms, update: for who has to say where it failed
     clip_norm: float | None = None  # see `OptimConfig`
+    label_smoothing: float = 0.0
 
     def __call__(
-        self, images: Tensor, labels: Tensor, lr: float, look: Callable[[], None] | None = None, size: int | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        lr: float,
+        look: Callable[[], None] | None = None,
+        size: int | None = None,
+        share: float = 1.0,
     ) -> Tensor:
         """images float [B, C, 32, 32], labels int64 [B] -> (sum of losses, wrong predictions), float64 [2] on the
         device. Everything that allocates comes before the update, so `look` does, which may look at the gradients as
         the backward pass left them.
 
         `size`: of the effective batch, if these pictures are this process's slice of it (B may be 0 then); the result
-        is of all of it."""
+        is of all of it. Of mixed pictures the labels are int64 [B, 2], and the loss is `share` of the first one's and
+        the rest of the other's; wrong is what is not the label with the larger share."""
         size = labels.shape[0] if size is None else size
         totals = torch.zeros(2, dtype=torch.float64, device=images.device)
         if self.joint is not None:
@@ -189,7 +205,7 @@ class TrainStep:
         for count, (x, y) in enumerate(pieces, start=1):
             if self.joint is not None and count == len(pieces):
                 self.joint.last_pass()
-            self._forward_backward(x, y, size, totals)
+            self._forward_backward(x, y, size, totals, share)
         if self.joint is not None:
             self.phase = "reduction"
             if not pieces:
@@ -213,25 +229,36 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         return totals
 
-    def _forward_backward(self, x: Tensor, y: Tensor, size: int, totals: Tensor) -> None:
+    def _forward_backward(self, x: Tensor, y: Tensor, size: int, totals: Tensor, share: float) -> None:
         self.phase = "forward"
         with self.execution.autocast():
             logits = self.model(x)
-        if logits.dim() != 2:
-            logits, y = _for_every_position(logits, y)
-        # In fp32 at least, and as a sum: the last micro-batch may be smaller than the others.
-        loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="sum")
+        if y.dim() == 2:
+            y, other = y.T.contiguous()
+            loss = share * self._loss(logits, y) + (1 - share) * self._loss(logits, other)
+            y = y if share >= 0.5 else other
+        else:
+            loss = self._loss(logits, y)
         self.phase = "backward"
         # In this thread: cuDNN's choice of engines and cuBLAS's handle and workspace are a thread's own, and what is
         # computed again has to come from the engines that computed it first.
         with torch.autograd.set_multithreading_enabled(False):
             self.scaler.scale(loss / size).backward()
         totals[0] += loss.detach().double()
+        logits, y = _for_every_position(logits, y)
         totals[1] += (logits.detach().argmax(1) != y).sum()
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """In fp32 at least, and as a sum: the last micro-batch may be smaller than the others."""
+        logits, y = _for_every_position(logits, y)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, y, reduction="sum", label_smoothing=self.label_smoothing)
 
 
 def _for_every_position(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Dense outputs [N, C, ...] are trained on the picture's label at each position; [N] is one class, [N, 1]."""
+    if logits.dim() == 2:
+        return logits, labels
     if logits.dim() == 1:
         logits = logits[:, None]
     positions = logits.shape[2:]
@@ -261,10 +288,11 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     execution: Execution,
     should_stop: Callable[[int], bool] = lambda done: False,
+    look: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> Score | None:
     """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between, which hears
-    how many pictures are done. Changes no parameter and no buffer, so that an evaluation that was cut off can simply be
-    done again."""
+    how many pictures are done; `look` sees the logits [B, C] and labels of each batch. Changes no parameter and no
+    buffer, so that an evaluation that was cut off can simply be done again."""
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0
@@ -278,6 +306,7 @@ def evaluate(
                 logits = model(images)
             loss_sum = loss_sum + F.cross_entropy(logits.float(), labels, reduction="sum").double()
             wrong = wrong + (logits.argmax(1) != labels).sum()
+            look(logits, labels)
             count += labels.shape[0]
     finally:
         model.train(was_training)

@@ -20,6 +20,7 @@ from lowmem.data import AnyPictures, Dataset, TrainBatches, eval_batches
 from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.measure import Meter
 from lowmem.models.resnet import ResNet, check_memory_format
+from lowmem.models.weights import Placed, place
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, stage_names
@@ -39,6 +40,7 @@ from lowmem.step.train_step import (
     make_optimizer,
     make_scaler,
     mean_weights,
+    restart_means,
 )
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
@@ -85,8 +87,10 @@ class Replica:
         if self.planned is not None and not isinstance(model, ResNet):  # the family is held to it by tests
             check_same_forward(self.model, config.data.image_shape)
         run = self.planned or self.model
-        scaler, clip_norm = make_scaler(execution), config.optim.clip_norm
-        self.step = TrainStep(run, self.optimizer, scaler, execution, micro_batch, joint, clip_norm=clip_norm)
+        scaler, clip_norm, smoothing = make_scaler(execution), config.optim.clip_norm, config.train.label_smoothing
+        self.step = TrainStep(
+            run, self.optimizer, scaler, execution, micro_batch, joint, clip_norm=clip_norm, label_smoothing=smoothing
+        )
         self.batches = TrainBatches(
             dataset.train,
             seed=config.seed,
@@ -95,6 +99,9 @@ class Replica:
             mean=dataset.mean,
             std=dataset.std,
             device=execution.device,
+            cutout=config.data.cutout,
+            random_erasing=config.data.random_erasing,
+            mixup=config.data.mixup,
         )
         self.state = RunState(processes=self.group.size)
         self.meter = Meter(execution.device)
@@ -104,13 +111,14 @@ class Replica:
         scheduled = learning_rate(self.config, self.batches.steps_per_epoch, step, low_start=self.state.low_start)
         return scheduled * self.state.lr_scale
 
-    def next_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int]:
-        """Images and labels of this process for a step, on the device, and the size of the whole effective batch."""
+    def next_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int, float]:
+        """Images and labels of this process for a step, on the device, the size of the whole effective batch, and the
+        share of the first of two labels."""
         size = self.batches.size(step)
         part = None if self.step.joint is None else self.step.joint.begin(size)
         layout = self.execution.torch_memory_format
         images, labels = self.batches.batch(epoch, step, memory_format=layout, part=part)
-        return images, labels, size
+        return images, labels, size, self.batches.share(epoch, step)
 
     def evaluate(
         self, pictures: AnyPictures, size: int, should_stop: Callable[[int], bool] = lambda done: False
@@ -151,6 +159,12 @@ class Replica:
         for rank, plan in enumerate(self.group.gather(None if self.plan is None else self.plan.to_json())):
             if plan is not None:
                 folder.update_plan(plan, rank)
+
+    def begin_with(self, tensors: Mapping[str, Tensor], source: str) -> Placed:
+        """Before the first step: weights that are not new (`lowmem.models.weights`). Raises PreflightError."""
+        placed = place(tensors, self.model, source)
+        restart_means(self.step.optimizer)
+        return placed
 
     def checkpoint(self) -> Checkpoint:
         """The run as it is now, on the CPU."""
@@ -233,13 +247,17 @@ def _slots(model: nn.Module, step: TrainStep) -> dict[str, Tensor]:
 
 
 def _restore_slots(checkpoint: Checkpoint, model: nn.Module, step: TrainStep) -> None:
-    """In place. A slot that the checkpoint has of no parameter begins anew, and one that is not kept any more is left
-    out: a fork may change the optimizer. Raises CorruptCheckpoint."""
+    """In place. A slot that the checkpoint has of no parameter begins anew, and so do those of one that was frozen
+    there; what is not kept any more is left out: a fork may change the optimizer, and what is frozen. Raises
+    CorruptCheckpoint."""
     kept, saved = _slots(model, step), checkpoint.optimizer
     kinds, theirs = ({key.partition("/")[0] for key in slots} for slots in (kept, saved))
+    frozen = {name for name, one in model.named_parameters(remove_duplicate=False) if not one.requires_grad}
+    trained = {key.partition("/")[2] for key in saved}
     for key in sorted(kept.keys() ^ saved.keys()):
         slot, _, name = key.partition("/")
-        if slot in kinds & theirs or slot not in SLOTS:
+        changed = name in frozen if key in saved else name not in trained
+        if (slot in kinds & theirs and not changed) or slot not in SLOTS:
             here = f"the network has {counted(len(dict(model.named_parameters())), 'parameter')}"
             raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} is on one side only: {here}")
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -30,11 +30,30 @@ ROWS: dict[str, tuple[str, ...]] = {
     "clip_norm": ("optim.clip_norm=0.5",),
     "ema": ("optim.ema=0.9",),
     "bf16": ("train.precision=bf16",),
+    "cosine": ("schedule.kind=cosine", "schedule.warmup_epochs=0.7", "schedule.final_share=0.1"),
+    "one-cycle": ("schedule.kind=one-cycle",),
+    "warm-up": ("schedule.warmup_epochs=1.5",),
+    "label_smoothing": ("train.label_smoothing=0.1",),
+    "cutout": ("data.cutout=9",),
+    "random_erasing": ("data.random_erasing=0.6",),
+    "mixup": ("data.mixup=0.4",),
+    "freeze": ("train.freeze=[conv1, bn1, layer1*, layer3.1.bn2]",),
 }
 # Several at once, which is quick.
 TOGETHER: dict[str, tuple[str, ...]] = {
-    "sgd": (*ROWS["nesterov"], *ROWS["clip_norm"], *ROWS["ema"]),
-    "all": (*ROWS["adamw"], *ROWS["decay_norms"], *ROWS["clip_norm"], *ROWS["ema"], *ROWS["bf16"]),
+    "sgd": (*ROWS["nesterov"], *ROWS["clip_norm"], *ROWS["ema"], *ROWS["one-cycle"], *ROWS["cutout"], *ROWS["freeze"]),
+    "all": (
+        *ROWS["adamw"],
+        *ROWS["decay_norms"],
+        *ROWS["clip_norm"],
+        *ROWS["ema"],
+        *ROWS["bf16"],
+        *ROWS["cosine"],
+        *ROWS["label_smoothing"],
+        *ROWS["cutout"],
+        *ROWS["random_erasing"],
+        *ROWS["mixup"],
+    ),
 }
 
 _slow = [pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
@@ -94,7 +113,8 @@ def in_several_processes(folder: Path, names: list[str]) -> None:
     for row in names:
         run_training(tiny(*settings_of(row)), folder / row / "whole")
         run_training(tiny(*settings_of(row), f"train.max_steps={IN_AN_EPOCH}"), folder / row / "run")
-        resume_training(folder / row / "run", {"train.max_steps": None})
+        # Named, so that the next row's process need not take a card again.
+        resume_training(folder / row / "run", {"train.max_steps": None, "train.device": "cpu"})
 
 
 @rows

@@ -9,7 +9,7 @@ import torch
 
 from lowmem.choose.request import card_rates
 from lowmem.config.cards import load_card
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
@@ -54,6 +54,31 @@ def test_peak(precision: str, memory_format: str, micro_batch: int, undone: bool
     assert simulated.estimate.peak_tensor_bytes == _measured(model, schedule, execution, micro_batch)
 
 
+@pytest.mark.parametrize("micro_batch", [16, 6])
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_the_peak_of_a_loss_of_smoothed_or_mixed_labels(precision: str, micro_batch: int) -> None:
+    """Of a network whose outputs are larger than all else."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 1000, 1))
+    execution, peaks = Execution("cpu", precision, "contiguous"), set()
+    schedule = uniform([LEAN] * (len(stage_names(model)) - 1) + [SAVE_ALL])
+    for smoothing, mixed in product([0.0, 0.1], [False, True]):
+        shape = StepShape(
+            model=model,
+            image_shape=(3, 8, 8),
+            batch=BATCH,
+            micro_batch=micro_batch,
+            precision=precision,
+            memory_format="contiguous",
+            label_smoothing=smoothing > 0,
+            mixup=mixed,
+        )
+        for way in (schedule, None):
+            found = simulate_step(shape, way, card_rates(load_card("gtx1060-6g"))("fp32")).estimate.peak_tensor_bytes
+            assert found == _measured(model, way, execution, micro_batch, 8, smoothing, mixed)
+            peaks.add((way is None, found))
+    assert len(peaks) == 8  # each of them takes more
+
+
 # Tensors of a parameter's size that are kept, and the optimizer that keeps them.
 OPTIMIZERS = [
     (0, OptimConfig(momentum=0.0)),
@@ -72,7 +97,7 @@ def test_peak_with_what_the_optimizer_keeps(copies: int, optim: OptimConfig, pla
     schedule = uniform([INPUT_ONLY] * (len(stage_names(model)) - 1) + [SAVE_ALL]) if planned else None
     shape = shape_of(model, BATCH, optim=optim)
     simulated = simulate_step(shape, schedule, card_rates(load_card("gtx1060-6g"))("fp32")).estimate
-    assert simulated.peak_tensor_bytes == _measured(model, schedule, shape.execution, BATCH, optim)
+    assert simulated.peak_tensor_bytes == _measured(model, schedule, shape.execution, BATCH, optim=optim)
     parameters = list(model.parameters())
     counts = 4 * len(parameters) if optim.kind == "adamw" else 0
     kept = copies * sum(parameter.nbytes for parameter in parameters)
@@ -85,13 +110,17 @@ def _measured(
     schedule: Schedule | None,
     execution: Execution,
     micro_batch: int,
+    side: int = 32,
+    smoothing: float = 0.0,
+    mixed: bool = False,
     optim: OptimConfig = OptimConfig(),
 ) -> int:
     run = model if schedule is None else apply_plan(model, schedule)
     optimizer = make_optimizer(model, optim, "cpu")
     step = TrainStep(run, optimizer, make_scaler(execution), execution, micro_batch, clip_norm=optim.clip_norm)
-    images = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=execution.torch_memory_format)
-    labels = torch.randint(10, (BATCH,))
+    step.label_smoothing = smoothing
+    images = torch.randn(BATCH, 3, side, side).contiguous(memory_format=execution.torch_memory_format)
+    labels = torch.randint(10, (BATCH, 2) if mixed else (BATCH,))
     undo = Undo(step, model) if schedule is not None else None
     copies = () if undo is None else undo.copies
     with TensorMeter() as meter:

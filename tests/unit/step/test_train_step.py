@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
@@ -94,6 +94,55 @@ def test_the_update_reads_gradients_as_they_lie_in_memory(planned: bool) -> None
         optimizer.step()
     for left, right in zip(ours.parameters(), usual.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro", [None, 5])
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(("smoothing", "share"), [(0.1, None), (0.0, 0.75), (0.1, 0.75), (0.0, 0.3), (0.0, 0.5)])
+def test_smoothed_and_mixed_labels_have_the_bits_of_a_plain_loop(
+    smoothing: float, share: float | None, planned: bool, micro: int | None
+) -> None:
+    """The papers' loops: `lam * criterion(out, y_a) + (1 - lam) * criterion(out, y_b)`."""
+    ours, usual = (build("res20", width=4) for _ in range(2))
+    run = apply_plan(ours, uniform([*[LEAN] * (len(stage_names(ours)) - 1), SAVE_ALL])) if planned else ours
+    images, first = _batch(12)
+    labels = first if share is None else torch.stack([first, first.roll(5)], 1)
+    step = _step(run, micro)
+    step.label_smoothing = smoothing
+    gradients: list[torch.Tensor] = []
+    loss_sum, wrong = step(
+        images, labels, 0.1, lambda: gradients.extend(one.grad for one in ours.parameters()), share=share or 1.0
+    )
+    expected, missed = torch.zeros((), dtype=torch.float64), 0
+    for x, y in zip(images.split(micro or 12), labels.split(micro or 12), strict=True):
+        out = usual(x)
+        options = {"reduction": "sum", "label_smoothing": smoothing}
+        if share is None:
+            loss = F.cross_entropy(out, y, **options)
+        else:
+            loss = share * F.cross_entropy(out, y[:, 0], **options)
+            loss = loss + (1 - share) * F.cross_entropy(out, y[:, 1], **options)
+        (loss / 12).backward()
+        expected += loss.detach().double()
+        missed += (out.argmax(1) != (y if share is None else y[:, int(share < 0.5)])).sum().item()
+    assert all(torch.equal(one, two.grad) for one, two in zip(gradients, usual.parameters(), strict=True))
+    assert len(gradients) == len(list(usual.parameters()))
+    assert (loss_sum.item(), wrong.item()) == (expected.item(), missed)
+
+
+def test_dense_outputs_are_smoothed_and_mixed_at_every_position() -> None:
+    images, first = _batch(6)
+    labels = torch.stack([first, first.roll(1)], 1)
+    ours, usual = (nn.Conv2d(3, 10, 3, stride=9) for _ in range(2))
+    usual.load_state_dict(ours.state_dict())
+    step = _step(ours, None)
+    step.label_smoothing = 0.2
+    step(images, labels, 0.1, share=0.6)
+    out, options = usual(images), {"reduction": "sum", "label_smoothing": 0.2}
+    both = [F.cross_entropy(out, one.view(-1, 1, 1).expand(-1, 4, 4), **options) for one in labels.unbind(1)]
+    ((0.6 * both[0] + (1 - 0.6) * both[1]) / 6).backward()
+    make_optimizer(usual, OptimConfig(), "cpu").step()
+    assert torch.equal(ours.weight, usual.weight)
 
 
 def test_gradients_are_gone_after_the_step() -> None:
