@@ -140,7 +140,8 @@ class StageTimes:
 
     @property
     def update_key(self) -> object:
-        shapes = tuple(tuple(parameter.shape) for parameter in self.shape.model.parameters())
+        trained = (parameter for parameter in self.shape.model.parameters() if parameter.requires_grad)
+        shapes = tuple(tuple(parameter.shape) for parameter in trained)
         return "optimizer", self.shape.optim.work, shapes
 
 
@@ -294,4 +295,5 @@ def _network(shape: StepShape) -> Job:
 
 
 def _parameters(model: nn.Module) -> tuple[object, ...]:
-    return tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    """Of those that are trained: with others frozen, blocks take another time."""
+    return tuple((name, tuple(one.shape)) for name, one in model.named_parameters() if one.requires_grad)

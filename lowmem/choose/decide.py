@@ -23,7 +23,7 @@ from lowmem.config.processes import cards_of, for_process
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings
 from lowmem.distributed.group import Group, Split, even_shares
-from lowmem.models import make_network
+from lowmem.models import network_of
 from lowmem.plan.record import Plan
 from lowmem.remat import check_plan, decompose
 
@@ -242,7 +242,7 @@ def _outdated(plans: Sequence[Plan | None], config: Config, classes: int) -> str
     """Why plans that hold cannot be followed by this version, which may divide the network otherwise than the one that
     made them."""
     known = [plan for plan in plans if plan is not None]
-    stages = decompose(make_network(config.model, classes)) if known else ()
+    stages = decompose(network_of(config, classes)) if known else ()
     for plan in known:
         try:
             check_plan(plan, stages)
@@ -283,7 +283,7 @@ def _basis(config: Config) -> tuple[object, ...]:
     train = config.train
     computed = (train.batch, train.micro_batch, train.precision, train.memory_format, config.optim.work)
     loss = (train.label_smoothing > 0, config.data.mixup > 0)
-    kernels = (train.device, train.batch_norm, train.tf32, train.deterministic)
+    kernels = (train.device, train.batch_norm, train.tf32, train.deterministic, train.freeze)
     # The pictures lie on the card beside the step.
     data = config.data
     count = (data.train_subset, data.val_split, data.val_folder, data.test_split, data.skip_damaged)

@@ -19,7 +19,7 @@ from lowmem.choose.execution import by_kind
 from lowmem.choose.fitting import fit
 from lowmem.choose.request import INSIDE, REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
 from lowmem.config.cards import Card, load_card, refuse_bf16
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory
@@ -151,12 +151,14 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
 
 
 def _whatever_the_batch(request: Request) -> int:
-    """Bytes that a step takes at its end of any batch: parameters, gradients, what the optimizer keeps, buffers."""
-    parameters, buffers = (
+    """Bytes that a step takes at its end of any batch: parameters, gradients of those that are trained and what the
+    optimizer keeps of them, buffers."""
+    parameters = list(request.model.parameters())
+    everything, trained = (
         sum(one.numel() * one.element_size() for one in of)
-        for of in (request.model.parameters(), request.model.buffers())
+        for of in ((*parameters, *request.model.buffers()), (one for one in parameters if one.requires_grad))
     )
-    return parameters * (2 + request.optim.copies) + buffers
+    return everything + trained * (1 + request.optim.copies)
 
 
 def _candidates(request: Request) -> Iterator[tuple[str, int]]:

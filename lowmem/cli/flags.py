@@ -69,6 +69,7 @@ FLAGS = (
         "resume": "With --epochs: the new run's folder; default RUN-fork.",
         "fork": "Run folder; default RUN-fork.",
         "report": "Folder for the report; default RUN/report for one run, report/ for several.",
+        "evaluate": "Folder for the results, of several runs a folder for each in it; default RUN/evaluate.",
         "bench": "Folder of the results (bench/NETWORK); what is in it already is not measured again.",
     }),
     Flag("--out", "", Path, {
@@ -88,9 +89,23 @@ FLAGS = (
     Flag("--json", "", bool, {
         "ls settings cards cache": "Print everything known as JSON.",
         "verify doctor": "Print the findings as JSON.",
+        "evaluate": "Print the figures as JSON, a list with an object for each run.",
         "watch": "With --once: as JSON.",
         "plan": "Print the plan as JSON; where none fits, all that was tried.",
     }),
+    Flag("--format", "", str, {
+        "export": "onnx (needs the extra onnx), torchscript, or safetensors: the weights alone.",
+    }, metavar="onnx|torchscript|safetensors", default=...),
+    Flag("--format", "", str, {
+        "predict": "A table for people, CSV, or a JSON object a line.",
+    }, metavar="table|csv|jsonl", default="table"),
+    Flag("--top", "", int, {"predict": "Classes told of each picture, the most probable first."}, least=1, default=3),
+    Flag("--out", "", Path, {"export": "The file."}, default=...),
+    Flag("--weights", "", str, {
+        "evaluate predict export": "best, last, or a .safetensors file of such a network's weights.",
+    }, metavar="best|last|FILE", default="best"),
+    Flag("--raw-uint8", "", bool, {"export": "The graph takes uint8 pictures, and normalises them itself."}),
+    Flag("--force", "", bool, {"export": "Replace the file that is there."}),
     Flag("--curve", "", Path, {"plan": "Draw memory against time to this file: .png, .jpg, .svg or .pdf."}),
     # Settings.
     Flag("--arch", "model.arch", str, {
@@ -113,27 +128,36 @@ FLAGS = (
         "train plan doctor bench": "What --model's network is made with, like depth=3; may be repeated.",
         "fork": "What the network is made with from there on, like dropout=0.1; may be repeated.",
     }, metavar="NAME=VALUE"),
+    Flag("--init", "train.init", str, {
+        "train": "Weights to begin with: a file, a run (its best), or torchvision: that library's pretrained ones.",
+    }, metavar="FILE|RUN|torchvision"),
+    Flag("--freeze", "train.freeze", list[str], {
+        "train": "Do not train what is named so, like layer1* or features.*; may be repeated.",
+        "plan": "What is not trained, like layer1* or features.*; may be repeated.",
+        "fork": "What is not trained from there on, like layer1*; may be repeated.",
+    }, metavar="PATTERN"),
     Flag("--width", "model.width", int, {_STARTS: "Channels of the stem (64)."}),
     Flag("--width", "model.width", int, {"bench": "Channels of the stem (64; quick: 16)."}, least=1),
     Flag("--data", "data.source", str, {
-        "train doctor reproduce": "cifar10, fashion-mnist, shapes or folder:PATH.",
-        "resume": "Where the same pictures are now, like folder:PATH.",
+        "train doctor reproduce": "cifar10, cifar100, fashion-mnist, shapes, folder:PATH or csv:FILE.",
+        "resume": "Where the same pictures are now, like folder:PATH or csv:FILE.",
+        "evaluate": "Other pictures of the same classes, like folder:PATH: its test/, or all in class folders.",
     }),
     Flag("--image-size", "data.image_size", int, {
         "train plan doctor reproduce": "Side of the square pictures that the network sees (32); of a folder any.",
         "bench": "Side of the square pictures that the network sees (32).",
     }, metavar="N"),
     Flag("--data-root", "data.root", str, {
-        "train resume doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
+        "train resume evaluate doctor reproduce": "Folder that holds, or receives, cifar10, cifar100, fashion-mnist.",
     }),
     Flag("--val-split", "data.val_split", int, {
         "train doctor": "Hold back this many training pictures to choose weights on.",
     }),
     Flag("--test-split", "data.test_split", float, {
-        "train doctor reproduce": "Of a folder without test/: test on this many pictures, or this share, like 0.2.",
+        "train doctor reproduce": "Where no pictures are named for it: test on this many, or this share, like 0.2.",
     }, metavar="N"),
     Flag("--skip-damaged", "data.skip_damaged", bool, {
-        "train doctor reproduce": "Go on without files that are no pictures or are damaged, and record which.",
+        "train evaluate doctor reproduce": "Go on without files that are no pictures or are damaged, and record which.",
     }),
     Flag("--batch", "train.batch", str, {
         "train reproduce": "Effective batch (128), or auto: the fastest that fits.",
@@ -182,11 +206,20 @@ FLAGS = (
         "plan": "A card profile, like gtx1060-6g, or the path of a .yaml file; A,B: one process on each.",
     }),
     Flag("--device", "train.device", str, {f"{_STARTS} resume": "auto, cuda or cpu."}),
-    Flag("--device", "train.device", str, {"bench": "auto, cuda or cpu."}, default="auto"),
+    Flag("--device", "train.device", str, {"bench predict": "auto, cuda or cpu."}, default="auto"),
+    Flag("--device", "train.device", str, {"evaluate": "cuda or cpu; default: as the run was trained."}),
     Flag("--seed", "seed", int, {"train reproduce": "Seed of initial weights, order and augmentation."}),
     Flag("--keep-every", "checkpoint.keep_every", int, {
         "train resume fork": "Keep the checkpoint of every N-th epoch too, to fork from.",
     }, metavar="N"),
+    Flag("--patience", "train.patience", int, {
+        "train": "End it after so many epochs without a better error (validation, else test).",
+        "resume": "From now on: end it after so many epochs without a better error (validation, else test).",
+    }, metavar="EPOCHS"),
+    Flag("--hours", "train.hours", float, {
+        "train": "Take as many of the epochs as fit into so many hours, as measured; stop and save when they are over.",
+        "resume": "Stop and save when it was trained for so many hours in all; its epochs stay.",
+    }),
     Flag("--on-stuck", "train.on_stuck", str, {
         "train resume reproduce": "When a run learns nothing: warn, or stop with code 6.",
     }),

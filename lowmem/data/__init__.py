@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.paths import folder_of
+from lowmem.config.sections import DataConfig
+from lowmem.config.sources import SOURCES, path_in
 from lowmem.core.counter_rng import derive_seed, permutation
 from lowmem.core.errors import UsageError
 from lowmem.core.units import counted, format_size, name_some
@@ -40,11 +42,13 @@ __all__ = [
     "Dataset",
     "Found",
     "Pictures",
+    "TestSet",
     "TrainBatches",
     "eval_batches",
     "find_pictures",
     "held_bytes",
     "load",
+    "load_test",
 ]
 _CLASSES_NAMED = 10
 
@@ -71,11 +75,47 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
         notes=(f"{source.name}: {_describe_classes(source)}", *source.notes, *_describe_size(train)),
         warnings=(*source.warnings, *_emptied(source, chosen)),
         skipped=source.skipped,
+        test_files=_files_of(source, chosen["test"]),
     )
 
 
+def _files_of(source: Source, chosen: Chosen) -> tuple[str, ...]:
+    names = source.files.get("train" if chosen.source is source.train else "test")
+    return () if names is None else tuple(names[index] for index in chosen.indices)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Pictures to evaluate on. `classes`: their names, in the order of the labels; `files`: their paths, where they are
+    files; `warnings`: sentences for the user."""
+
+    __test__ = False  # for pytest, a class by such a name is one of tests
+
+    name: str
+    classes: tuple[str, ...]
+    pictures: AnyPictures
+    files: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def load_test(config: DataConfig, *, progress: Progress | None = None) -> TestSet:
+    """What a network that was trained on other pictures can be evaluated on: the test pictures of the source that
+    `config` names, all of them; of a folder whose folders are the classes all that is there. Raises DataError."""
+    if config.source not in SOURCES:
+        parts = {part for part in ("train", "test") if (folder_of(config.source) / part).is_dir()}
+        if "train" not in parts:  # the folders are the classes, which is refused unless they are to be split
+            classes = config.source + "/test" * len(parts)
+            config = config.model_copy(update={"source": classes, "test_split": 1})
+    source = _read(config, progress=progress)
+    part = "train" if source.test is None else "test"
+    pictures = _sized(getattr(source, part).take(None), config)
+    return TestSet(source.name, source.classes, pictures, source.files.get(part, ()), source.warnings)
+
+
 def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:
-    """Those of a source of its own size are enlarged as a batch."""
+    """As the network sees them: those of a source of its own size are made grey here, and enlarged as a batch."""
+    if isinstance(pictures, Pictures) and config.channels == 1:
+        pictures = pictures.grey()
     if isinstance(pictures, MappedPictures) or pictures.side == config.image_size:
         return pictures
     return replace(pictures, enlarged_to=config.image_size)
@@ -83,7 +123,7 @@ def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:
 
 def _describe_size(pictures: AnyPictures) -> Iterator[str]:
     """How they come to the network, where that is not as they are and from where it is."""
-    size = format_size(len(pictures) * 3 * pictures.side**2)
+    size = format_size(len(pictures) * pictures.channels * pictures.side**2)
     square, wanted = (f"{side}x{side}" for side in (pictures.side, pictures.image_size))
     if isinstance(pictures, MappedPictures):
         yield f"training pictures stay on the disk, {size} of {square}: batches of {wanted} are cut from there"
@@ -237,7 +277,7 @@ def find_pictures(config: DataConfig, seed: int = 0, *, seconds: float = 30.0) -
     if config.source == "shapes":
         return Found("shapes are drawn, no files needed", None, warnings)
     counts = ", ".join(f"{len(part):,} to {part.of}" for part in chosen.values())
-    words = f"{config.source.removeprefix('folder:')} has pictures of {_describe_classes(source)}; {counts}"
+    words = f"{path_in(config.source)} has pictures of {_describe_classes(source)}; {counts}"
     if source.unchecked:
         words += f"; {source.unchecked:,} were not looked at (more than {seconds:g} s), `lowmem train` does"
     return Found("; ".join((words, *source.notes)), None, warnings)

@@ -62,14 +62,15 @@ def cuda(settings: Settings) -> dict[str, Any]:
 
 def network(settings: Settings) -> dict[str, Any]:
     """Bytes on disk that a run of the network takes; without making it."""
-    from lowmem.models import make_network
+    from lowmem.models import network_of
     from lowmem.runs.store import run_bytes
 
     config = settings.config
-    net = make_network(config.model)
+    net = network_of(config)
     parameter_bytes = sum(tensor.nbytes for tensor in net.parameters())
-    # Parameters and buffers, and what the optimizer keeps.
-    saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + config.optim.copies * parameter_bytes
+    # Parameters and buffers, and what the optimizer keeps of those that are trained.
+    trained_bytes = sum(tensor.nbytes for tensor in net.parameters() if tensor.requires_grad)
+    saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + config.optim.copies * trained_bytes
     return {"disk_needed_bytes": run_bytes(config, checkpoint_bytes=saved_bytes, parameter_bytes=parameter_bytes)}
 
 

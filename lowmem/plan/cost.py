@@ -105,6 +105,9 @@ class StageCost:
     `last_options`: for the last stage of a segment, whose output is for nobody and is not computed: `kept_bytes` is
     without it. If there are any, solvers use only these and FUSED there; a schedule with another policy is taken to
     cost what `options` say, which is too much.
+
+    `reached`: whether the backward comes to it. It does not come to stages before the first that is trained: these keep
+    nothing, and free their inputs, which are then no part of any `kept_bytes` (but the last one's output is).
     """
 
     name: str
@@ -114,7 +117,9 @@ class StageCost:
     fast_seconds: float  # f0: forward that saves nothing
     fast_temp_bytes: int  # t0: above input and output
     param_grad_bytes: int = 0  # come to exist at this stage's backward and stay
+    host_grad_bytes: int = 0  # those of them that may wait in host memory until the whole backward is over
     last_options: tuple[OptionCost, ...] = ()
+    reached: bool = True
 
     def __post_init__(self) -> None:
         _check_figures(self)
@@ -177,6 +182,11 @@ class ChainCost:
 
     def __len__(self) -> int:
         return len(self.stages)
+
+    @property
+    def unreached(self) -> int:
+        """How many stages there are before the first that is trained."""
+        return sum(not stage.reached for stage in self.stages)
 
 
 def _check_figures(cost: Any) -> None:

@@ -54,6 +54,7 @@ class Predicted(_Checked):
     extra_flops: int | None = None  # repeated work per step, in floating-point operations
     host_bytes: int | None = None  # that wait in host memory between forward and backward
     waiting_seconds: float | None = None  # of `step_seconds`, in which the computing stands still for their transfer
+    hidden_share: float | None = None  # of that transfer's seconds, both ways: those beside which it computes
 
 
 @dataclass(frozen=True, kw_only=True)

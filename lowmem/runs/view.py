@@ -40,12 +40,19 @@ from lowmem.runs.rows import (
 from lowmem.runs.tables import read_events, read_table
 from lowmem.runs.weights import WeightsInfo, read_weights
 
-State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
+State = Literal[
+    "starting", "training", "finished", "finished early", "stopped", "out of time", "interrupted", "diverged", "stuck",
+    "ended", "died",
+]  # fmt: skip
 # What to type when nobody trains it any more, by how it stands.
 NEXT_COMMANDS: dict[State, str] = {
     **dict.fromkeys(("interrupted", "died", "ended"), "`lowmem resume {run}` goes on with it"),
     "stopped": "`lowmem resume {run} --set train.max_steps=null` goes on to the end, `lowmem resume {run} --set "
     "train.max_steps=N` to another step",
+    "out of time": "`lowmem resume {run} --hours H` goes on until it was trained for H hours in all, `lowmem resume "
+    "{run} --set train.hours=null` to the end",
+    "finished early": "`lowmem report {run}` draws the curves; `lowmem resume {run} --patience N` waits N epochs for a "
+    "better error, `lowmem resume {run} --set train.patience=null` goes on to the last epoch",
     "finished": "`lowmem report {run}` draws the curves; `lowmem resume {run} --epochs N` trains it for longer, in a "
     "new run",
 }
@@ -85,6 +92,17 @@ class RunView:
         """Of the plan, for tensors."""
         size = (self._record("plan.json", PLAN_LIMIT_BYTES) or {}).get("budget_bytes")
         return size if type(size) is int and 0 < size < 1 << 62 else None
+
+    @cached_property
+    def in_host_memory(self) -> tuple[int | None, float | None]:
+        """As the plan predicts: bytes that wait there (None: nothing does), and the share of their transfer's seconds
+        beside which it computes (None: not recorded)."""
+        predicted = (self._record("plan.json", PLAN_LIMIT_BYTES) or {}).get("predicted")
+        known = predicted if isinstance(predicted, dict) else {}
+        size, share = known.get("host_bytes"), known.get("hidden_share")
+        if type(size) is not int or not 0 < size < 1 << 62:
+            return None, None
+        return size, share if type(share) is float and 0 <= share <= 1 else None
 
     def _record(self, name: str, limit_bytes: int = RECORD_LIMIT_BYTES) -> dict[str, Any] | None:
         try:
@@ -152,7 +170,7 @@ class RunView:
         for name in ("last.safetensors", "best.safetensors"):
             with suppress(Unreadable, OSError, LookupError):
                 return read_weights(self.path / "weights" / name)[0]["linear.bias"][0]
-        return 10 if self.config.data.source in {"cifar10", "fashion-mnist"} else None
+        return {"cifar10": 10, "fashion-mnist": 10, "cifar100": 100}.get(self.config.data.source)
 
     @cached_property
     def checkpoints(self) -> tuple[Position, ...]:
@@ -191,8 +209,12 @@ def state_of(path: Path, config: Config | None, position: tuple[int, int], event
     if epochs is not None and epoch >= epochs:
         return "finished"  # even if it was killed before it could say so
     for event in reversed(events):
+        if event.kind == "done" and event.detail.get("reason") == "train.patience":
+            return "finished early"
         if event.kind == "done":
             return "finished" if epochs in (None, event.detail.get("epoch")) else "stopped"
+        if event.kind == "stop" and event.detail.get("reason") == "train.hours":
+            return "out of time"
         if event.kind in ("start", "resume"):
             break
         if event.kind in _ENDS and (event.kind != "stuck" or event.detail.get("stopped") is True):
@@ -222,9 +244,9 @@ def read_run(path: Path) -> RunView:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """One run in a line. `stopped`: by train.max_steps, as asked. `writer`: who trains it now, if anybody. `epoch`:
-    completed ones. `error_on`: the pictures by which the best epoch is told, `val` if any are held back, else `test`.
-    `checkpoints`: oldest first. Unknown is None."""
+    """One run in a line. `stopped`: as asked, by train.max_steps or train.hours. `writer`: who trains it now, if
+    anybody. `epoch`: completed ones. `error_on`: the pictures by which the best epoch is told, `val` if any are held
+    back, else `test`. `checkpoints`: oldest first. Unknown is None."""
 
     path: Path
     state: Literal["training", "finished", "stopped", "interrupted", "never started", "damaged"]
@@ -270,8 +292,9 @@ def summarize(path: Path) -> RunSummary:
         epoch, step = position_of(run.checkpoints, rows)
         notes, state = tuple(run.notes), run.state
         known |= {"config": config, "epoch": epoch, "step": step, **errors_of(rows)}
-        words: Any = state if state in ("finished", "stopped") else "interrupted" if step else "never started"
-        if not run.checkpoints and (rows or trouble) and state != "finished":
+        words: Any = {"finished early": "finished", "out of time": "stopped"}.get(state, state)
+        words = words if words in ("finished", "stopped") else "interrupted" if step else "never started"
+        if not run.checkpoints and (rows or trouble) and words != "finished":
             words, trouble = "damaged", (*trouble, "no usable checkpoint to go on from")
         trouble = (*trouble, *notes)
     except (LowmemError, OSError) as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.step.data_parallel import DataParallelStep
 
 FUSED: Mapping[str, bool] = {"fused": True}
@@ -127,6 +127,14 @@ def _move_means(share: float, optimizer: torch.optim.Optimizer, *_: object) -> N
     """As `torch.optim.swa_utils.get_ema_multi_avg_fn` does, in place."""
     means = [slots[EMA] for slots in optimizer.state.values()]
     torch._foreach_lerp_(means, list(optimizer.state), share)
+
+
+@torch.no_grad()
+def restart_means(optimizer: torch.optim.Optimizer) -> None:
+    """Of weights that have other values now, from these on."""
+    for parameter, slots in optimizer.state.items():
+        if EMA in slots:
+            slots[EMA].copy_(parameter)
 
 
 @contextmanager
@@ -280,10 +288,11 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     execution: Execution,
     should_stop: Callable[[int], bool] = lambda done: False,
+    look: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> Score | None:
     """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between, which hears
-    how many pictures are done. Changes no parameter and no buffer, so that an evaluation that was cut off can simply be
-    done again."""
+    how many pictures are done; `look` sees the logits [B, C] and labels of each batch. Changes no parameter and no
+    buffer, so that an evaluation that was cut off can simply be done again."""
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0
@@ -297,6 +306,7 @@ def evaluate(
                 logits = model(images)
             loss_sum = loss_sum + F.cross_entropy(logits.float(), labels, reduction="sum").double()
             wrong = wrong + (logits.argmax(1) != labels).sum()
+            look(logits, labels)
             count += labels.shape[0]
     finally:
         model.train(was_training)

@@ -20,6 +20,7 @@ from lowmem.data import AnyPictures, Dataset, TrainBatches, eval_batches
 from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.measure import Meter
 from lowmem.models.resnet import ResNet, check_memory_format
+from lowmem.models.weights import Placed, place
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, stage_names
@@ -39,6 +40,7 @@ from lowmem.step.train_step import (
     make_optimizer,
     make_scaler,
     mean_weights,
+    restart_means,
 )
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
@@ -158,6 +160,12 @@ class Replica:
             if plan is not None:
                 folder.update_plan(plan, rank)
 
+    def begin_with(self, tensors: Mapping[str, Tensor], source: str) -> Placed:
+        """Before the first step: weights that are not new (`lowmem.models.weights`). Raises PreflightError."""
+        placed = place(tensors, self.model, source)
+        restart_means(self.step.optimizer)
+        return placed
+
     def checkpoint(self) -> Checkpoint:
         """The run as it is now, on the CPU."""
         return capture(self.state, self.model, self.step, self.identity, exact_settings(self.config))
@@ -239,13 +247,17 @@ def _slots(model: nn.Module, step: TrainStep) -> dict[str, Tensor]:
 
 
 def _restore_slots(checkpoint: Checkpoint, model: nn.Module, step: TrainStep) -> None:
-    """In place. A slot that the checkpoint has of no parameter begins anew, and one that is not kept any more is left
-    out: a fork may change the optimizer. Raises CorruptCheckpoint."""
+    """In place. A slot that the checkpoint has of no parameter begins anew, and so do those of one that was frozen
+    there; what is not kept any more is left out: a fork may change the optimizer, and what is frozen. Raises
+    CorruptCheckpoint."""
     kept, saved = _slots(model, step), checkpoint.optimizer
     kinds, theirs = ({key.partition("/")[0] for key in slots} for slots in (kept, saved))
+    frozen = {name for name, one in model.named_parameters(remove_duplicate=False) if not one.requires_grad}
+    trained = {key.partition("/")[2] for key in saved}
     for key in sorted(kept.keys() ^ saved.keys()):
         slot, _, name = key.partition("/")
-        if slot in kinds & theirs or slot not in SLOTS:
+        changed = name in frozen if key in saved else name not in trained
+        if (slot in kinds & theirs and not changed) or slot not in SLOTS:
             here = f"the network has {counted(len(dict(model.named_parameters())), 'parameter')}"
             raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} is on one side only: {here}")
     parameters = dict(model.named_parameters(remove_duplicate=False))

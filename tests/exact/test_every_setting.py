@@ -37,10 +37,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "cutout": ("data.cutout=9",),
     "random_erasing": ("data.random_erasing=0.6",),
     "mixup": ("data.mixup=0.4",),
+    "freeze": ("train.freeze=[conv1, bn1, layer1*, layer3.1.bn2]",),
 }
 # Several at once, which is quick.
 TOGETHER: dict[str, tuple[str, ...]] = {
-    "sgd": (*ROWS["nesterov"], *ROWS["clip_norm"], *ROWS["ema"], *ROWS["one-cycle"], *ROWS["cutout"]),
+    "sgd": (*ROWS["nesterov"], *ROWS["clip_norm"], *ROWS["ema"], *ROWS["one-cycle"], *ROWS["cutout"], *ROWS["freeze"]),
     "all": (
         *ROWS["adamw"],
         *ROWS["decay_norms"],
