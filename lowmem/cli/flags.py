@@ -139,8 +139,8 @@ FLAGS = (
     Flag("--width", "model.width", int, {_STARTS: "Channels of the stem (64)."}),
     Flag("--width", "model.width", int, {"bench": "Channels of the stem (64; quick: 16)."}, least=1),
     Flag("--data", "data.source", str, {
-        "train doctor reproduce": "cifar10, fashion-mnist, shapes or folder:PATH.",
-        "resume": "Where the same pictures are now, like folder:PATH.",
+        "train doctor reproduce": "cifar10, cifar100, fashion-mnist, shapes, folder:PATH or csv:FILE.",
+        "resume": "Where the same pictures are now, like folder:PATH or csv:FILE.",
         "evaluate": "Other pictures of the same classes, like folder:PATH: its test/, or all in class folders.",
     }),
     Flag("--image-size", "data.image_size", int, {
@@ -148,13 +148,13 @@ FLAGS = (
         "bench": "Side of the square pictures that the network sees (32).",
     }, metavar="N"),
     Flag("--data-root", "data.root", str, {
-        "train resume evaluate doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
+        "train resume evaluate doctor reproduce": "Folder that holds, or receives, cifar10, cifar100, fashion-mnist.",
     }),
     Flag("--val-split", "data.val_split", int, {
         "train doctor": "Hold back this many training pictures to choose weights on.",
     }),
     Flag("--test-split", "data.test_split", float, {
-        "train doctor reproduce": "Of a folder without test/: test on this many pictures, or this share, like 0.2.",
+        "train doctor reproduce": "Where no pictures are named for it: test on this many, or this share, like 0.2.",
     }, metavar="N"),
     Flag("--skip-damaged", "data.skip_damaged", bool, {
         "train evaluate doctor reproduce": "Go on without files that are no pictures or are damaged, and record which.",
