@@ -1,6 +1,6 @@
 """The shipped recipes against each other at equal epochs: Res20, thin, on a part of the CIFAR-10 pictures.
 
-    python benchmarks/recipes.py PICTURES RUNS [--epochs 12] [--train 5000] [--test 2000] [--width 8] [--seeds 0 1 2]
+    python benchmarks/recipes.py PICTURES RUNS [--epochs 10] [--train 4000] [--test 2000] [--width 8] [--seeds 0 1 2]
 
 PICTURES: a folder with train/<class>/* and test/<class>/*; RUNS: where the runs are kept: those that are finished stay,
 others go on where they stopped. A seed decides initial weights, order and augmentation, and which pictures are trained
@@ -25,7 +25,8 @@ RECIPES = ("report", "modern")
 
 def train(recipe: str, seed: int, pictures: Path, out: Path, args: argparse.Namespace) -> RunView:
     """The run, finished. Raises CalledProcessError."""
-    begin = f"train --recipe {recipe} --arch res20 --width {args.width} --epochs {args.epochs} --seed {seed} --precision amp".split()
+    shape = f"--arch res20 --width {args.width} --epochs {args.epochs} --precision amp"
+    begin = f"train --recipe {recipe} --seed {seed} {shape}".split()
     subsets = [f"--set=data.train_subset={args.train}", f"--set=data.test_subset={args.test}", *args.set]
     new = [*begin, f"--data=folder:{pictures}", *subsets, f"--out={out}"]
     if not out.exists() or RunView(out).state != "finished":
@@ -53,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path)
     parser.add_argument("runs", type=Path)
-    for name, default in (("epochs", 12), ("train", 5000), ("test", 2000), ("width", 8)):
+    for name, default in (("epochs", 10), ("train", 4000), ("test", 2000), ("width", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
@@ -89,9 +90,9 @@ def describe(rows: list[dict[str, object]], args: argparse.Namespace, where: str
     return (
         "# Recipes against each other\n\n"
         f"Res20 of width {args.width}, {args.train:,} training and {args.test:,} test pictures of CIFAR-10 (JPEG "
-        f"files), mixed precision (bf16), {args.epochs} epochs each, other settings as the recipes have them. Test error at the end: mean ± "
-        "standard deviation over the seeds, and each of them. A seed also chooses the pictures, the same for both. The "
-        "network is thin and the steps are few: this says nothing of width 64 and all pictures.\n\n"
+        f"files), {args.epochs} epochs, mixed precision (bf16), all else as the recipes have it. Test error at the end:"
+        " mean ± standard deviation over the seeds, and each of them. A seed also chooses the pictures, the same for "
+        "both. The network is thin and the steps are few: this says nothing of width 64 and all pictures.\n\n"
         + table(["recipe", "test error", "seeds"], cells)
         + f"\n{where}\n"
     )

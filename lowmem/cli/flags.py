@@ -75,11 +75,6 @@ FLAGS = (
     Flag("--out", "", Path, {
         "reproduce": "Folder of the job; each run and the report are folders in it.",
     }, default=Path("runs/reproduce")),
-    Flag("--weights", "", str, {
-        "evaluate predict": "best, last, or a .safetensors file of such a network's weights.",
-    }, default="best"),
-    Flag("--top", "", int, {"predict": "Classes told of each picture, the most probable first."}, least=1, default=3),
-    Flag("--format", "", str, {"predict": "table, csv, or jsonl: a JSON object a line."}, default="table"),
     Flag("--html", "", bool, {"report": "Also report.html: the same in one file, figures inlined."}),
     Flag("--tensorboard", "", bool, {"report": "Also TensorBoard event files of the runs, beside the report."}),
     Flag("--only", "", str, {"reproduce": "Only these runs this time, like res20,cnn110."}, metavar="RUN,RUN"),
@@ -98,6 +93,19 @@ FLAGS = (
         "watch": "With --once: as JSON.",
         "plan": "Print the plan as JSON; where none fits, all that was tried.",
     }),
+    Flag("--format", "", str, {
+        "export": "onnx (needs the extra onnx), torchscript, or safetensors: the weights alone.",
+    }, metavar="onnx|torchscript|safetensors", default=...),
+    Flag("--format", "", str, {
+        "predict": "A table for people, CSV, or a JSON object a line.",
+    }, metavar="table|csv|jsonl", default="table"),
+    Flag("--top", "", int, {"predict": "Classes told of each picture, the most probable first."}, least=1, default=3),
+    Flag("--out", "", Path, {"export": "The file."}, default=...),
+    Flag("--weights", "", str, {
+        "evaluate predict export": "best, last, or a .safetensors file of such a network's weights.",
+    }, metavar="best|last|FILE", default="best"),
+    Flag("--raw-uint8", "", bool, {"export": "The graph takes uint8 pictures, and normalises them itself."}),
+    Flag("--force", "", bool, {"export": "Replace the file that is there."}),
     Flag("--curve", "", Path, {"plan": "Draw memory against time to this file: .png, .jpg, .svg or .pdf."}),
     # Settings.
     Flag("--arch", "model.arch", str, {
@@ -204,6 +212,14 @@ FLAGS = (
     Flag("--keep-every", "checkpoint.keep_every", int, {
         "train resume fork": "Keep the checkpoint of every N-th epoch too, to fork from.",
     }, metavar="N"),
+    Flag("--patience", "train.patience", int, {
+        "train": "End it after so many epochs without a better error (validation, else test).",
+        "resume": "From now on: end it after so many epochs without a better error (validation, else test).",
+    }, metavar="EPOCHS"),
+    Flag("--hours", "train.hours", float, {
+        "train": "Take as many of the epochs as fit into so many hours, as measured; stop and save when they are over.",
+        "resume": "Stop and save when it was trained for so many hours in all; its epochs stay.",
+    }),
     Flag("--on-stuck", "train.on_stuck", str, {
         "train resume reproduce": "When a run learns nothing: warn, or stop with code 6.",
     }),

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,6 @@ from lowmem.runs.view import RunView, recorded_settings
 
 if TYPE_CHECKING:
     from lowmem.inference.evaluation import Evaluation
-    from lowmem.inference.prediction import Prediction
 
 _MOST_CLASSES, _WORST_CLASSES = 40, 20  # of a table; all are in evaluation.json
 _LONGEST_CLASS = 30
@@ -44,9 +43,10 @@ def show_evaluation(
         with shown.loading("torch"):
             from lowmem.inference.evaluation import evaluate_runs
             from lowmem.inference.writing import write_evaluation
-        found = evaluate_runs(runs, weights, changes, shown)
-        for evaluation, folder in zip(found, folders, strict=True):
+        found = []
+        for evaluation, folder in zip(evaluate_runs(runs, weights, changes, shown), folders, strict=True):
             write_evaluation(evaluation, folder, shown.phase)
+            found.append(evaluation)
     if as_json:
         print(json.dumps([one.to_json() for one in found], indent=1))
         return
@@ -76,7 +76,7 @@ def _summary(found: Sequence[Evaluation], columns: int | None) -> list[str]:
     top = any(one.top_error_pct is not None for one in found)
     rows = [("run", "weights", "on", "pictures", "loss", "error", *["top-5 error"] * top)]
     for one in found:
-        weights = f"{one.network.weights.stem}, epoch {one.network.info.epoch or '?'}"
+        weights = f"{one.weights.stem}, epoch {one.info.epoch or '?'}"
         errors = [_percent(error, 2) for error in (one.score.error_pct, one.top_error_pct)][: 1 + top]
         rows.append(
             (one.run.name, weights, one.tests.name, f"{one.score.count:,}", format_loss(one.score.loss), *errors)
@@ -141,10 +141,14 @@ def show_predictions(run: Path, pictures: Sequence[str], weights: str, device: s
         say = _rows_as(form, network.info.classes or (), top)
         began, done, broken = time.monotonic(), 0, 0
         for batch in predict(network, run, picture_files(_paths(pictures)), top, shown, phase, total):
-            for one in batch:
-                shown.warning(f"{one.picture}: {one.trouble}") if one.trouble else say(one)
+            for name, likely in batch:
+                if isinstance(likely, str):
+                    shown.warning(f"{name}: {likely}")
+                    broken += 1
+                else:
+                    say(name, likely)
             sys.stdout.flush()
-            done, broken = done + len(batch), broken + sum(bool(one.trouble) for one in batch)
+            done += len(batch)
         if (took := time.monotonic() - began) >= 1:
             shown.note(f"{counted(done, 'picture')} in {format_duration(took)}, {done / took:,.0f} images/s")
         if broken:
@@ -160,30 +164,37 @@ def _paths(pictures: Sequence[str]) -> Iterator[str]:
             yield one
 
 
-def _rows_as(form: str, classes: Sequence[str], top: int) -> Callable[[Prediction], None]:
-    """What prints a row; the head is printed at once."""
-    if form == "jsonl":
-        return lambda one: print(json.dumps({"picture": _name(one), **_likely(one)[0], "top": _likely(one)}))
+def _rows_as(form: str, classes: Sequence[str], top: int) -> Callable[[str, list[tuple[str, float]]], None]:
+    """What prints a row, of a picture's path and its most probable classes; the head is printed at once."""
     ranks, rows = range(2, min(top, len(classes)) + 1), csv.writer(sys.stdout, lineterminator="\n")
+    width, columns = min(max(map(len, classes)), _LONGEST_CLASS), room()
+
+    def print_json(picture: str, likely: list[tuple[str, float]]) -> None:
+        named = [{"class": name, "probability": _rounded(share)} for name, share in likely]
+        print(json.dumps({"picture": _text(picture), **named[0], "top": named}))
+
+    def print_csv(picture: str, likely: list[tuple[str, float]]) -> None:
+        rows.writerow([_text(picture), *(cell for name, share in likely for cell in (name, _rounded(share)))])
+
+    def print_cells(picture: str, likely: list[tuple[str, float]]) -> None:
+        line(picture, [(name, f"{100 * share:.1f} %") for name, share in likely])
+
+    def line(picture: str, pairs: list[tuple[str, str]]) -> None:
+        cells = (f"{shorten(name, width):<{width}}  {share:>7}" for name, share in pairs)
+        print("\n".join(fold(["  ".join((*cells, printable(picture)))], columns)))
+
     if form == "csv":
         more = [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
         rows.writerow(["picture", "class", "probability", *more])
-        return lambda one: rows.writerow([_name(one), *(cell for each in _likely(one) for cell in each.values())])
-    width, columns = min(max(map(len, classes)), _LONGEST_CLASS), room()
-
-    def print_cells(names: Iterable[str], shares: Iterable[str], picture: str) -> None:
-        likely = (f"{shorten(name, width):<{width}}  {share:>7}" for name, share in zip(names, shares, strict=True))
-        print("\n".join(fold(["  ".join((*likely, printable(picture)))], columns)))
-
-    print_cells(["class", *("or" for _ in ranks)], ["", *("" for _ in ranks)], "picture")
-    return lambda one: print_cells(one.classes, (f"{100 * share:.1f} %" for share in one.probabilities), one.picture)
+    elif form == "table":
+        line("picture", [("class", ""), *(("or", "") for _ in ranks)])
+    return {"jsonl": print_json, "csv": print_csv, "table": print_cells}[form]
 
 
-def _likely(one: Prediction) -> list[dict[str, str | float]]:
-    """Probabilities with the digits that a float32 has."""
-    pairs = zip(one.classes, one.probabilities, strict=True)
-    return [{"class": name, "probability": float(f"{share:.7g}")} for name, share in pairs]
+def _rounded(share: float) -> float:
+    """To the digits that a float32 has."""
+    return float(f"{share:.7g}")
 
 
-def _name(one: Prediction) -> str:
-    return os.fsencode(one.picture).decode("utf-8", "backslashreplace")
+def _text(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

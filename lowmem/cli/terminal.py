@@ -36,6 +36,7 @@ _EVENT_WORDS = {
     "resume": "resumed from step {step}",
     "checkpoint": "saved at step {step}",
     "progress": "{device_used_bytes} in use at step {step}",
+    "hours": "{epochs} epochs fit into {hours} hours",
     "done": "finished",
     "stop": "stopped as asked at step {step}",
     "signal": "{signal}: saved at step {step}",
@@ -120,7 +121,7 @@ def describe_event(event: Event) -> str:
     for name, value in detail.items():
         size = format_size(value) if type(value) is int else "?"
         known[name] = size if name.endswith("_bytes") else shorten(value, 120)
-    why = f"; {known['reason']}" if event.kind == "warning" and "reason" in detail else ""
+    why = f"; {known['reason']}" if event.kind in ("warning", "done") and "reason" in detail else ""
     return _EVENT_WORDS[event.kind].format_map(known) + why
 
 
@@ -270,3 +271,10 @@ def observer(stream: str = "stdout") -> Iterator[Observer]:
         return
     with closing(TerminalObserver(stream)) as shown:
         yield shown
+
+
+@contextmanager
+def loading_torch() -> Iterator[None]:
+    """Around what imports it, for a command whose result goes to standard output."""
+    with observer("stderr") as shown, shown.loading("torch"):
+        yield

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +26,7 @@ from lowmem.config.sources import OWN, path_in
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_loss, format_size
+from lowmem.measure.nvml import throttled_by
 from lowmem.runs.folder import refuse_links, run_folders
 from lowmem.runs.lock import lock_decides, read_owner, writer_of
 from lowmem.runs.rows import Event
@@ -43,14 +44,17 @@ _STATE_WORDS = {
     "starting": "getting ready",
     "training": "training",
     "finished": "finished",
+    "finished early": "finished early: no better error (train.patience)",
     "stopped": "stopped as asked (train.max_steps)",
+    "out of time": "stopped as asked (train.hours)",
     "interrupted": "interrupted, saved",
     "diverged": "diverged, stopped",
     "stuck": "learns nothing, stopped",
     "ended": "nobody trains it",
     "died": "died: its process ended without leaving it (killed, or the machine went down)",
 }
-_STATE_STYLES = {"starting": "cyan", "training": "bold green", "finished": "bold blue", "stopped": "bold blue"}
+_AS_ASKED = ("finished", "finished early", "stopped", "out of time")
+_STATE_STYLES = {"starting": "cyan", "training": "bold green", **dict.fromkeys(_AS_ASKED, "bold blue")}
 _EVENT_STYLES = dict.fromkeys(("warning", "rollback", "out-of-memory", "stuck", "pressure"), "yellow")
 
 
@@ -85,7 +89,7 @@ def _follow_all(path: Path, run: Path | None, interval: float, *, alone: bool) -
         refuse_links(run)
         ended = _follow(run, interval)
         print(_closing(ended), flush=True)
-        if alone or not (_conducted(path) or ended.state in {"finished", "stopped", "diverged", "stuck"}):
+        if alone or not (_conducted(path) or ended.state in {*_AS_ASKED, "diverged", "stuck"}):
             return
         run = None
 
@@ -134,7 +138,7 @@ def _follow(run: Path, interval: float) -> Live:
             else:
                 for line in [_summary(live)] if told is None else _news(live, *told):
                     print(line, flush=True)
-            if without >= _DIED_LOOKS or (without and live.state == "finished"):
+            if without >= _DIED_LOOKS or (without and live.state.startswith("finished")):
                 return live
             told = live.epoch, live.events[-1] if live.events else None
             time.sleep(interval if live.running else min(interval, 0.5))
@@ -182,6 +186,7 @@ def facts(live: Live) -> list[tuple[str, str]]:
         "speed": None if live.images_per_second is None else f"{live.images_per_second:,.0f} images/s",
         "memory": _memory(live),
         "host": live.host_bytes and _host(live.host_bytes, live.hidden_share),
+        "card": describe_card(live.card),
         "saved": saved and f"step {shorten(saved.detail.get('step'), 20)} at {clock(saved)}",
     }
     if live.running and quiet is not None and quiet >= _QUIET_FROM_SECONDS:
@@ -240,6 +245,16 @@ def _host(size: int, hidden: float | None) -> str:
     """What waits in host memory."""
     share = "" if hidden is None else f"; {hidden:.0%} of the transfer hidden (predicted)"
     return f"{format_size(size)} wait in host memory, moved out and back each step{share}"
+
+
+def describe_card(load: Mapping[str, float]) -> str:
+    """How it works, from the columns of metrics.csv that are known."""
+    units = {"temperature_c": "°C", "power_watts": "W", "clock_mhz": "MHz", "utilization_pct": "% busy"}
+    known = [f"{load[f'gpu_{name}']:,.0f} {unit}" for name, unit in units.items() if f"gpu_{name}" in load]
+    if throttled := load.get("gpu_throttled_pct"):
+        why = ", ".join(throttled_by(int(load.get("gpu_throttle_reasons", 0)))) or "?"
+        known.append(f"held back {throttled:.0f} % of the time ({why})")
+    return ", ".join(known)
 
 
 def describe_errors(live: Live) -> str:
@@ -303,7 +318,7 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
 _AS_IT_IS = (
     "state", "running", "epoch", "epochs", "step", "step_in_epoch", "steps_per_epoch", "lr", "images_per_second",
     "peak_bytes", "device_bytes", "budget_bytes", "host_bytes", "hidden_share", "elapsed_seconds", "seconds_left",
-    "quiet_seconds",
+    "quiet_seconds", "card",
 )  # fmt: skip
 
 

@@ -98,8 +98,9 @@ def _kind(field: FieldInfo) -> str:
         elif get_origin(option) is dict:
             words.append("a mapping like {name: value}")
         elif get_origin(option) is tuple:
-            names = str in get_args(option)
-            words.append("a list of patterns" if names else "a rising list of numbers > 0")
+            many, names = Ellipsis in get_args(option), str in get_args(option)
+            listed = "a list of patterns" if names else "a rising list of numbers > 0"
+            words.append(listed if many else f"numbers like {list(field.default)}")
         elif option in (Size, CardMemory, TensorMemory):
             words.append("a size like 6G")
         else:

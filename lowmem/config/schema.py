@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.config import networks
-from lowmem.config.sections import CheckpointConfig, DataConfig, MemoryConfig, ScheduleConfig, Section
+from lowmem.config.optimization import OptimConfig, ScheduleConfig
+from lowmem.config.sections import CheckpointConfig, DataConfig, MemoryConfig, Section
 from lowmem.config.sources import SOURCE_SIDE
 
 
@@ -70,57 +71,6 @@ class ModelConfig(Section):
         return values
 
 
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimConfig(Section):
-    """The update: SGD in the form of torch.optim.SGD (Sutskever et al.), or torch.optim.AdamW (Loshchilov and Hutter,
-    2019)."""
-
-    kind: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer; adamw keeps two tensors of each parameter")
-    lr: PositiveFloat = Field(
-        0.1, description="learning rate before the first milestone; the highest of a cosine or one-cycle schedule"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay; of AdamW decoupled, as a share of the rate")
-    nesterov: bool = Field(False, description="Nesterov's form of the momentum")
-    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="decay of AdamW's two running means")
-    eps: PositiveFloat = Field(1e-8, description="what AdamW adds to the denominator")
-    decay_norms: bool = Field(
-        True, description="weight decay of norms and biases too: of parameters with fewer than two dimensions"
-    )
-    clip_norm: PositiveFloat | None = Field(
-        None, description="scale gradients down to this norm, of all of them together; null: never"
-    )
-    ema: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="evaluate and export a running mean of the weights with this decay a step, like 0.999, from the "
-        "weights that training begins with; buffers are the network's own",
-    )
-
-    @property
-    def copies(self) -> int:
-        """Tensors of a parameter's size that are kept of each between two steps."""
-        own = 2 if self.kind == "adamw" else int(self.momentum > 0)
-        return own + (self.ema is not None)
-
-    @property
-    def work(self) -> tuple[object, ...]:
-        """What of it decides a step's bytes and operations."""
-        return self.kind, self.momentum > 0, self.clip_norm is not None, self.ema is not None
-
-    @model_validator(mode="after")
-    def _of_the_kind(self) -> OptimConfig:
-        others, whose = (("momentum", "nesterov"), "SGD") if self.kind == "adamw" else (("betas", "eps"), "AdamW")
-        for name in others:
-            usual = type(self).model_fields[name].default
-            if getattr(self, name) != usual:
-                raise ValueError(f"{name} is of {whose}, and the optimizer is {self.kind}: leave it at {usual}")
-        return self
-
-
 class TrainConfig(Section):
     """The step, its kernels, and what is done about a run that goes wrong."""
 
@@ -133,6 +83,16 @@ class TrainConfig(Section):
         description="pictures at a time through the network; gradients accumulate to the batch; default: as planned",
     )
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps (trials)")
+    patience: PositiveInt | None = Field(
+        None, description="end the run after this many epochs without a better error, by which the best weights go"
+    )
+    hours: float | None = Field(
+        None,
+        gt=0,
+        le=1e5,
+        description="hours of training in all: a new run takes no more epochs than fit, as measured before its first "
+        "step; when they are over, it stops and is saved",
+    )
     precision: Literal["auto", "fp32", "amp", "bf16"] = Field(
         "auto",
         description="amp: mixed precision, fp16 on CUDA and bf16 on the CPU; bf16: that on CUDA too, from Ampere on; "
@@ -242,7 +202,8 @@ class Config(Section):
 
 # What may differ on resume: it changes where, how often and how long, not what is computed.
 _OPERATIONAL = {
-    "train": "device max_steps log_every_steps grad_norms_every on_stuck on_nan tensorboard peer_timeout_minutes",
+    "train": "device max_steps patience hours log_every_steps grad_norms_every on_stuck on_nan tensorboard "
+    "peer_timeout_minutes",
     "data": "source root cache download",  # a moved folder; the pictures themselves are checked by their fingerprint
     "memory": "vram tensors card platform host link calibrate allow_accumulation confirm",
     "checkpoint": "every_minutes every_steps keep keep_every",
@@ -274,6 +235,8 @@ BEFORE: Mapping[str, object] = {
     "train.deterministic": True,
     "train.tf32": "auto",
     "train.batch_norm": "auto",
+    "train.patience": None,
+    "train.hours": None,
     "data.image_size": SOURCE_SIDE,
     "data.channels": 3,
     "data.fit": "stretch",

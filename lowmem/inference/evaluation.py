@@ -3,8 +3,8 @@ code in the same batches, and each picture's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from lowmem.inference.execution import evaluation_parts, prepare_execution, with
 from lowmem.inference.loading import LoadedRun, load_run
 from lowmem.runs.rows import EpochRow
 from lowmem.runs.view import RunView, recorded_settings
+from lowmem.runs.weights import WeightsInfo
 from lowmem.step.train_step import Execution, Score, evaluate
 from lowmem.train.observer import Observer
 
 TOP = 5  # of the top-5 error, told where there are more than twice as many classes
 _NAMED = 3
-_Read = dict[str, tuple[TestSet, str | None]]  # by what names them: runs of one recipe have the same pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +47,13 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A run's network on `pictures`. `tests`: what these are, with their labels in the network's order; `batch`: how
-    many at a time; `row`: of metrics.csv, where that is of the same weights and pictures."""
+    """A run's network on pictures. `weights`, `info`: the file, and what it says of itself; `tests`: the pictures, with
+    the labels that the network has for their classes; `batch`: how many at a time; `row`: of metrics.csv, where that is
+    of the same weights and pictures."""
 
     run: RunView
-    network: LoadedRun
+    weights: Path
+    info: WeightsInfo
     tests: TestSet
     execution: Execution
     batch: int
@@ -96,12 +98,11 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for evaluation.json and `--json`."""
-        info = self.network.info
         return {
             "run": str(self.run.path),
-            "weights": str(self.network.weights),
-            "epoch": info.epoch,
-            "step": info.step,
+            "weights": str(self.weights),
+            "epoch": self.info.epoch,
+            "step": self.info.step,
             "data": self.tests.name,
             "count": self.score.count,
             "loss": self.score.loss,
@@ -116,50 +117,45 @@ class Evaluation:
 
 def evaluate_runs(
     paths: Sequence[Path], weights: str, changes: Mapping[str, object], tell: Observer
-) -> list[Evaluation]:
+) -> Iterator[Evaluation]:
     """Each run's network, `weights` as in `load_run`, on its own test pictures, or with `data.source` among the
     `changes` on those. `changes`: settings that say where pictures are, and which device computes.
 
     Raises UsageError for what is no run, and for pictures of other classes; OutOfMemory; what `load_run` and `load`
     raise."""
-    read: _Read = {}
-    return [_evaluate_run(path, weights, changes, tell, read) for path in paths]
+    read: dict[str, tuple[TestSet, str | None]] = {}  # runs of one recipe have the same pictures
+    own = "data.source" not in changes
+    for path in paths:
+        config, run = recorded_settings(path).replace(changes, "evaluate").config, RunView(path)
+        tell.phase(f"loading {path.name}")
+        network = load_run(path, weights, _device_of(config, changes, tell))
+        key = f"{config.seed} {config.data}"
+        if key not in read:
+            read[key] = _read_pictures(config, own, tell)
+        found, fingerprint = read[key]
+        trained_on = next((saved.identity.get("data") for saved in run.checkpoints), None)
+        if None not in (fingerprint, trained_on) and fingerprint != trained_on:
+            tell.warning(f"the pictures of {found.name} are not those that {path} was trained and tested with")
+        yield _evaluate(network, run, config, _in_order(found, network, path), own, tell)
 
 
-def _evaluate_run(path: Path, weights: str, changes: Mapping[str, object], tell: Observer, read: _Read) -> Evaluation:
-    config, run, own = recorded_settings(path).replace(changes, "evaluate").config, RunView(path), _own(changes)
-    tell.phase(f"loading {path.name}")
-    network = load_run(path, weights, _device_of(config, changes, tell))
-    key = str((own, config.seed, config.data))
-    if key not in read:
-        read[key] = _read_pictures(config, own, tell)
-    found, fingerprint = read[key]
-    tests = _in_order(found, network, path)
-    trained_on = next((saved.identity.get("data") for saved in run.checkpoints), None)
-    if None not in (fingerprint, trained_on) and fingerprint != trained_on:
-        tell.warning(f"the pictures of {tests.name} are not those that {path} was trained and tested with")
+def _evaluate(
+    network: LoadedRun, run: RunView, config: Config, tests: TestSet, own: bool, tell: Observer
+) -> Evaluation:
     execution, parts = prepare_execution(network), evaluation_parts(run, config, len(tests.pictures))
-    scored = []
+    scores, judged = [], []
     for first, past, batch in parts:
+        part, what = tests.pictures.part(first, past), f"evaluating {run.path.name}"
         if past > first:
-            part, what = tests.pictures.part(first, past), f"evaluating {path.name}"
-            scored.append(within_memory(partial(_score, network, execution, part, tell, what), batch, tell))
-    columns = ([vars(judged)[column.name] for _, judged in scored] for column in fields(Judged))
-    at = network.info.epoch, network.info.step
-    return Evaluation(
-        run=run,
-        network=network,
-        tests=tests,
-        execution=execution,
-        batch=parts[0][2],
-        score=Score(*(sum(vars(score)[column.name] for score, _ in scored) for column in fields(Score))),
-        judged=Judged(*map(np.concatenate, columns)),
-        row=next((row for row in run.epochs if own and (row.epoch, row.step) == at), None),
-    )
-
-
-def _own(changes: Mapping[str, object]) -> bool:
-    return "data.source" not in changes
+            score, seen = within_memory(partial(_score, network, execution, part, tell, what), batch, tell)
+            scores.append(astuple(score))
+            judged.append(vars(seen).values())
+    total = Score(*map(sum, zip(*scores, strict=True)))
+    every = Judged(*map(np.concatenate, zip(*judged, strict=True)))
+    info, row = network.info, None
+    if own and network.weights.parent == run.path / "weights":
+        row = next((row for row in run.epochs if (row.epoch, row.step) == (info.epoch, info.step)), None)
+    return Evaluation(run, network.weights, info, tests, execution, parts[0][2], total, every, row)
 
 
 def _device_of(config: Config, changes: Mapping[str, object], tell: Observer) -> str:
@@ -176,17 +172,14 @@ def _device_of(config: Config, changes: Mapping[str, object], tell: Observer) ->
 def _read_pictures(config: Config, own: bool, tell: Observer) -> tuple[TestSet, str | None]:
     """And the fingerprint of all pictures, if they are the run's own."""
     tell.phase("reading pictures")
-    if not own:
-        found, fingerprint = load_test(config.data, progress=tell.phase), None
-    else:
+    found, fingerprint = None if own else load_test(config.data, progress=tell.phase), None
+    if found is None:
         try:
             data = load(config.data, config.seed, progress=tell.phase)
         except DataError as error:
             raise DataError(f"{error}{where_else(config, flags=True)}") from None
-        found, fingerprint = (
-            TestSet(data.name, data.classes, data.test, data.test_files, data.warnings),
-            data.fingerprint,
-        )
+        found = TestSet(data.name, data.classes, data.test, data.test_files, data.warnings)
+        fingerprint = data.fingerprint
     for text in found.warnings:
         tell.warning(text)
     return found, fingerprint

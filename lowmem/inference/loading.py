@@ -82,6 +82,14 @@ class LoadedRun:
         images = torch.from_numpy(stored).permute(0, 3, 1, 2).contiguous().to(self.device)
         return Enlarger(side, size, self.device)(images)
 
+    @property
+    def how_prepared(self) -> str:
+        """What `squares` makes of a file, in words."""
+        side, size = (f"{one}x{one}" for one in (stored_side(self.pictures), self.pictures.image_size))
+        what = "the middle square" if self.pictures.fit == "crop" else "all"
+        then = f", of that the middle {size}" if are_mapped(self.pictures) else f", then bilinear to {size}"
+        return f"{what} of a picture, resized to {side} (bicubic){then if side != size else ''}"
+
 
 def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto") -> LoadedRun:
     """The trained network of a run folder, or of a .safetensors file of its weights by itself. `weights`: of a run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,16 +21,9 @@ from lowmem.inference.loading import LoadedRun
 from lowmem.step.train_step import Execution
 from lowmem.train.observer import Observer
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """A picture by its path: the most probable classes with their probabilities, the first the most probable; or
-    `trouble`: why it cannot be used."""
-
-    picture: str
-    classes: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()
-    trouble: str = ""
+Prediction = tuple[str, list[tuple[str, float]] | str]
+"""A picture by its path, and the most probable classes with their probabilities, the first the most probable; or in
+their place why it cannot be used."""
 
 
 def predict(
@@ -47,7 +39,7 @@ def predict(
     time; they are decoded ahead in threads, two batches at the most. `path`: what the run was loaded from; `total`: how
     many there will be, if that is known. Raises OutOfMemory, CorruptCheckpoint."""
     execution, batch = prepare_execution(run), batch_of(path, run.config)
-    size, done, began = batch, 0, time.monotonic()
+    classes, size, done, began = run.info.classes or (), batch, 0, time.monotonic()
     decoded = decode_ahead(files, run.pictures.fit, stored_side(run.pictures), batch, run.pictures.channels)
     while group := list(islice(decoded, batch)):
         likely: Iterator[tuple[list[float], list[int]]] = iter(())
@@ -55,20 +47,13 @@ def predict(
             work = partial(_most_likely, run, execution, np.stack(pictures), top)
             probabilities, labels, size = within_memory(work, size, tell)
             likely = zip(probabilities.tolist(), labels.tolist(), strict=True)
-        yield list(_told(group, likely, run.info.classes or ()))
+        yield [(name, pixels if isinstance(pixels, str) else _named(*next(likely), classes)) for name, pixels in group]
         done += len(group)
         phase(f"predicting, {done / (time.monotonic() - began):,.0f} images/s", done, total)
 
 
-def _told(
-    group: Iterable[tuple[str, object]], likely: Iterator[tuple[list[float], list[int]]], classes: tuple[str, ...]
-) -> Iterator[Prediction]:
-    for name, pixels in group:
-        if isinstance(pixels, str):
-            yield Prediction(name, trouble=pixels)
-        else:
-            probabilities, labels = next(likely)
-            yield Prediction(name, tuple(classes[label] for label in labels), tuple(probabilities))
+def _named(probabilities: list[float], labels: list[int], classes: tuple[str, ...]) -> list[tuple[str, float]]:
+    return [(classes[label], probability) for label, probability in zip(labels, probabilities, strict=True)]
 
 
 @torch.inference_mode()

@@ -22,9 +22,10 @@ from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, from_yaml, refuse_changes, to_yaml
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, PreflightError, UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import counted
+from lowmem.core.units import counted, format_duration
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
+from lowmem.lifecycle.hours import fit_into_hours
 from lowmem.lifecycle.preflight import preflight
 from lowmem.lifecycle.run_identity import (
     begun_before,
@@ -35,7 +36,7 @@ from lowmem.lifecycle.run_identity import (
     refuse_edited,
 )
 from lowmem.models import hashes_of
-from lowmem.models.weights import InitialWeights, Placed, place, pretrained_file, read_initial
+from lowmem.models.weights import InitialWeights, Placed, pretrained_file, read_initial
 from lowmem.plan.record import Plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.replica import check_position, config_hash, identity_of, share_checkpoint
+from lowmem.train.watchers import is_finished
 
 
 class New:
@@ -105,7 +107,9 @@ class New:
         """Tries everything, then writes plans and first checkpoint: now the run can be resumed, however early it is
         killed. False after a dry run. Raises PreflightError, OutOfMemory, DiskError."""
         placed = self._place_initial(trainer) if self._begins_with else None
-        preflight(trainer, folder)
+        epoch_seconds, fitted = preflight(trainer, folder), None
+        if trainer.config.train.hours is not None and trainer.state.step == 0:  # of a fork it is the limit alone
+            fitted = fit_into_hours(trainer, decision.settings, folder, epoch_seconds)
         trainer.observer.note(_headline(trainer, self.path))
         if self.dry_run:
             trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")
@@ -118,6 +122,8 @@ class New:
         if placed is not None:
             new, train = [*placed.reshaped, *placed.missing], trainer.config.train
             folder.event("initial weights", of=train.init, sha256=train.init_sha256, loaded=len(placed.loaded), new=new)
+        if fitted is not None:
+            folder.event("hours", **fitted)
         if left_out := trainer.dataset.skipped:
             folder.event("pictures left out", count=len(left_out), files=left_out)
         if decision.confirmed is not None:
@@ -135,7 +141,7 @@ class New:
         PreflightError."""
         group, mine, self._initial = trainer.group, self._initial, None
         tensors = group.share_tensors(None if mine is None else mine.tensors)
-        placed = group.together(lambda: place(tensors, trainer.model, self._begins_with))
+        placed = group.together(lambda: trainer.begin_with(tensors, self._begins_with))
         for line in (f"initial weights: {self._begins_with}", *placed.lines()):
             trainer.observer.note(line)
         return placed
@@ -234,13 +240,18 @@ class Resume:
         config = trainer.config
         environment = describe(config.train.device) | {"processes": group.size}
         steps = {"epoch": state.epoch, "step": state.step, "steps_per_epoch": trainer.batches.steps_per_epoch}
-        if state.epoch < config.train.epochs:  # else there is nothing that goes on
+        goes_on = not is_finished(config.train, state)
+        if goes_on:
             folder.event("resume", checkpoint=self._where.name, **steps, **environment)
         if different := group.lead(lambda: elsewhere(RunView(self.path).env, environment), None):
             observer.note(different)
         if state.processes != group.size:
             observer.recorded_warning(folder, _describe_processes(state.processes, group, config))
-        if state.epoch < config.train.epochs:
+        if goes_on and "train.hours" in self.given and (hours := config.train.hours) is not None:
+            spent = format_duration(state.elapsed_seconds)
+            stays = f"it stays a run of {counted(config.train.epochs, 'epoch')}"
+            observer.note(f"train.hours = {hours:g}, of which {spent} are over; {stays}")
+        if goes_on:
             within = f"{state.step_in_epoch} of its {trainer.batches.steps_per_epoch} done"
             place = f"epoch {state.epoch + 1}, step {state.step} ({within})"
             observer.note(f"resuming {self.path} from {self._where.name}: {place}")

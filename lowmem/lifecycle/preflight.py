@@ -21,6 +21,7 @@ from lowmem.config.settings import from_yaml
 from lowmem.core.errors import CorruptCheckpoint, DiskError, OutOfMemory, PreflightError, UsageError
 from lowmem.core.units import counted, format_duration, format_size
 from lowmem.distributed.group import Group
+from lowmem.lifecycle.hours import measure_step
 from lowmem.lifecycle.run_identity import read_plan
 from lowmem.measure.out_of_memory import Failure, release
 from lowmem.runs import checkpoint as checkpoints
@@ -40,17 +41,22 @@ _QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better
 OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
 
 
-def preflight(trainer: Trainer, folder: RunFolder) -> None:
+def preflight(trainer: Trainer, folder: RunFolder) -> float:
     """Tries a step, in all processes, and every output, in the one that writes, in a folder of its own inside the run,
     which goes again. The trainer is as before, but perhaps for a smaller plan (see `try_step`). Raises PreflightError
-    if anything cannot be written or does not read back, or if the disk has no room for all of the run; OutOfMemory."""
+    if anything cannot be written or does not read back, or if the disk has no room for all of the run; OutOfMemory.
+    Returns the seconds that an epoch will take, by rank 0's measurements."""
     began = time.monotonic()
     trainer.observer.phase("trying a step and an evaluation")
-    tried = try_step(trainer, folder)
-    trainer.group.lead(lambda: _try_rest(trainer, folder, tried, began), None)
+    tried, hours = try_step(trainer, folder), trainer.config.train.hours
+    if hours is not None and trainer.state.step == 0:
+        whole = replace(tried.step, count=trainer.config.train.batch)
+        tried = replace(tried, step_seconds=measure_step(trainer, hours), step=whole)
+    seconds = trainer.group.lead(lambda: _try_rest(trainer, folder, tried, began), 0.0)
+    return float(trainer.group.share(seconds))
 
 
-def _try_rest(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: float) -> None:
+def _try_rest(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: float) -> float:
     trial = folder.path / ".preflight"
     trainer.observer.phase("writing every output and reading it back")
     try:
@@ -71,6 +77,8 @@ def _try_rest(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: floa
     note(disk)
     if not math.isfinite(tried.step.loss):
         trainer.observer.warning(f"the loss of the trial step is {tried.step.loss}: this run would diverge at once")
+    step_seconds, evaluation_seconds = _costs(trainer, tried)
+    return trainer.batches.steps_per_epoch * step_seconds + evaluation_seconds + saving_seconds
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------------
@@ -264,16 +272,22 @@ def _out_of_memory(trainer: Trainer, failure: Failure) -> OutOfMemory:
 # -- what the run will take --------------------------------------------------------------------------------------------
 
 
+def _costs(trainer: Trainer, tried: StepTrial) -> tuple[float, float]:
+    """Seconds of a step and of an epoch's evaluation."""
+    dataset = trainer.dataset
+    # The last step of an epoch has fewer pictures: steps are weighed by them.
+    step_seconds = tried.step_seconds * len(dataset.train) / (trainer.batches.steps_per_epoch * tried.step.count)
+    scored = len(dataset.test) + (len(dataset.val) if dataset.val is not None else 0)
+    return step_seconds, tried.evaluation_seconds * scored / tried.evaluation.count / trainer.group.size
+
+
 def _time_line(trainer: Trainer, tried: StepTrial, saving_seconds: float) -> str:
-    config, state, dataset = trainer.config.train, trainer.state, trainer.dataset
+    config, state = trainer.config.train, trainer.state
     per_epoch = trainer.batches.steps_per_epoch
     to_the_end = (config.epochs - state.epoch) * per_epoch - state.step_in_epoch
     steps = to_the_end if config.max_steps is None else min(to_the_end, max(0, config.max_steps - state.step))
     epochs = (state.step_in_epoch + steps) // per_epoch
-    # The last step of an epoch has fewer pictures: steps are weighed by them.
-    step_seconds = tried.step_seconds * len(dataset.train) / (per_epoch * tried.step.count)
-    scored = len(dataset.test) + (len(dataset.val) if dataset.val is not None else 0)
-    evaluation_seconds = tried.evaluation_seconds * scored / tried.evaluation.count / trainer.group.size
+    step_seconds, evaluation_seconds = _costs(trainer, tried)
     total = steps * step_seconds + epochs * (evaluation_seconds + saving_seconds)
     whole = f"{counted(epochs, 'epoch')} of {counted(per_epoch, 'step')}"
     left = whole if steps == to_the_end else f"{counted(steps, 'step')} (train.max_steps)"

@@ -30,6 +30,7 @@ from lowmem.lifecycle.run_identity import (
     read_plans,
 )
 from lowmem.runs.checkpoint import Checkpoint, load, named
+from lowmem.runs.checkpoint_state import read_state
 from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
 from lowmem.runs.store import plan_file
@@ -38,6 +39,7 @@ from lowmem.runs.view import RunView, recorded_settings
 from lowmem.runs.weights import read_weights
 from lowmem.train.metrics import measured_weights
 from lowmem.train.replica import weights_of
+from lowmem.train.watchers import is_finished
 
 FileStatus = Literal["ok", "note", "damaged"]
 
@@ -110,7 +112,8 @@ class _Verification:
             return Verified(self._run, findings, obstacle="no checkpoint verifies")
         position = (state["epoch"], state["step"], state["step_in_epoch"])
         obstacle = next((words for words in obstacles if words is not None), None)
-        return Verified(self._run, findings, newest, *position, obstacle, state["epoch"] >= self._config.train.epochs)
+        finished = is_finished(self._config.train, read_state(self._good[newest].state, self._good[newest].step))
+        return Verified(self._run, findings, newest, *position, obstacle, finished)
 
     def _add(self, status: FileStatus, where: str, what: object) -> None:
         self._findings.append(FileFinding(status, where, shorten(what, 500)))

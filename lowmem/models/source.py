@@ -72,7 +72,7 @@ def file_hashes(spec: str) -> dict[str, str]:
 def _maker(spec: str, sha256: Mapping[str, str], channels: int) -> Callable[[int, dict[str, Any]], object]:
     place, name = split_spec(spec)
     if place == "torchvision":
-        return _of_torchvision(name)
+        return of_torchvision(name)
     if place == "timm":
         return _of_timm(name, channels)
     if sha256:
@@ -99,7 +99,7 @@ def generators_at(seed: int) -> Iterator[None]:
 # -- libraries ---------------------------------------------------------------------------------------------------------
 
 
-def _of_torchvision(name: str) -> Callable[[int, dict[str, Any]], object]:
+def of_torchvision(name: str) -> Callable[[int, dict[str, Any]], object]:
     from torchvision import models
 
     known = models.list_models(module=models)  # those that classify

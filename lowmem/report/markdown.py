@@ -93,6 +93,8 @@ def _state(history: RunView) -> str:
     done, asked, last = history.epochs_done, history.config.train.epochs, history.last
     if history.state == "finished":
         text = f"finished, {counted(asked, 'epoch')}"
+    elif history.state == "finished early":
+        text = f"finished early, {done} of {counted(asked, 'epoch')}: no better error (train.patience)"
     elif last is None:
         text = f"no epoch of {asked} completed yet"
         logged = [(row.step, row.loss) for row in history.steps if row.loss is not None]
@@ -102,7 +104,9 @@ def _state(history: RunView) -> str:
     if history.state == "stopped":
         most = history.config.train.max_steps
         text += ", stopped as planned" + (f" (train.max\\_steps {most:,})" if most else "")
-    elif history.state != "finished":
+    elif history.state == "out of time":
+        text += ", stopped as planned (train.hours)"
+    elif not history.state.startswith("finished"):
         text += ", not finished (interrupted, or still running)"
     if history.times_resumed:
         text += ", interrupted and resumed " + times(history.times_resumed)

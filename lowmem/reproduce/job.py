@@ -168,6 +168,8 @@ class Asked:
 def ask(path: Path, settings: Settings, members: tuple[Member, ...]) -> Asked:
     """The job in `path` with what is asked for this time, or a new one if no run of it has begun.
     Raises UsageError if its settings would not be those that its runs were begun with."""
+    if settings.config.train.hours is not None:
+        raise UsageError("train.hours is for one run, and a job's are all of one length: lower --epochs instead")
     # The limit of a trial is not recorded, or every later call would take the job for done there.
     max_steps, settings = settings.config.train.max_steps, settings.replace({"train.max_steps": None}, "default")
     job, given = Job(path, settings), asked_for(settings)

@@ -40,12 +40,19 @@ from lowmem.runs.rows import (
 from lowmem.runs.tables import read_events, read_table
 from lowmem.runs.weights import WeightsInfo, read_weights
 
-State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
+State = Literal[
+    "starting", "training", "finished", "finished early", "stopped", "out of time", "interrupted", "diverged", "stuck",
+    "ended", "died",
+]  # fmt: skip
 # What to type when nobody trains it any more, by how it stands.
 NEXT_COMMANDS: dict[State, str] = {
     **dict.fromkeys(("interrupted", "died", "ended"), "`lowmem resume {run}` goes on with it"),
     "stopped": "`lowmem resume {run} --set train.max_steps=null` goes on to the end, `lowmem resume {run} --set "
     "train.max_steps=N` to another step",
+    "out of time": "`lowmem resume {run} --hours H` goes on until it was trained for H hours in all, `lowmem resume "
+    "{run} --set train.hours=null` to the end",
+    "finished early": "`lowmem report {run}` draws the curves; `lowmem resume {run} --patience N` waits N epochs for a "
+    "better error, `lowmem resume {run} --set train.patience=null` goes on to the last epoch",
     "finished": "`lowmem report {run}` draws the curves; `lowmem resume {run} --epochs N` trains it for longer, in a "
     "new run",
 }
@@ -202,8 +209,12 @@ def state_of(path: Path, config: Config | None, position: tuple[int, int], event
     if epochs is not None and epoch >= epochs:
         return "finished"  # even if it was killed before it could say so
     for event in reversed(events):
+        if event.kind == "done" and event.detail.get("reason") == "train.patience":
+            return "finished early"
         if event.kind == "done":
             return "finished" if epochs in (None, event.detail.get("epoch")) else "stopped"
+        if event.kind == "stop" and event.detail.get("reason") == "train.hours":
+            return "out of time"
         if event.kind in ("start", "resume"):
             break
         if event.kind in _ENDS and (event.kind != "stuck" or event.detail.get("stopped") is True):
@@ -233,9 +244,9 @@ def read_run(path: Path) -> RunView:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """One run in a line. `stopped`: by train.max_steps, as asked. `writer`: who trains it now, if anybody. `epoch`:
-    completed ones. `error_on`: the pictures by which the best epoch is told, `val` if any are held back, else `test`.
-    `checkpoints`: oldest first. Unknown is None."""
+    """One run in a line. `stopped`: as asked, by train.max_steps or train.hours. `writer`: who trains it now, if
+    anybody. `epoch`: completed ones. `error_on`: the pictures by which the best epoch is told, `val` if any are held
+    back, else `test`. `checkpoints`: oldest first. Unknown is None."""
 
     path: Path
     state: Literal["training", "finished", "stopped", "interrupted", "never started", "damaged"]
@@ -281,8 +292,9 @@ def summarize(path: Path) -> RunSummary:
         epoch, step = position_of(run.checkpoints, rows)
         notes, state = tuple(run.notes), run.state
         known |= {"config": config, "epoch": epoch, "step": step, **errors_of(rows)}
-        words: Any = state if state in ("finished", "stopped") else "interrupted" if step else "never started"
-        if not run.checkpoints and (rows or trouble) and state != "finished":
+        words: Any = {"finished early": "finished", "out of time": "stopped"}.get(state, state)
+        words = words if words in ("finished", "stopped") else "interrupted" if step else "never started"
+        if not run.checkpoints and (rows or trouble) and words != "finished":
             words, trouble = "damaged", (*trouble, "no usable checkpoint to go on from")
         trouble = (*trouble, *notes)
     except (LowmemError, OSError) as error:

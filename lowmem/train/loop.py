@@ -34,23 +34,38 @@ from lowmem.train.oom_fallback import OomFallback
 from lowmem.train.replica import Replica, weights_of
 from lowmem.train.schedule import next_low_start
 from lowmem.train.signals import StopSignals
-from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, PlanCheck, Verdict, strongest
+from lowmem.train.watchers import (
+    HOURS,
+    MAX_STEPS,
+    PATIENCE,
+    STALLED,
+    Act,
+    CheckpointInterval,
+    PlanCheck,
+    TimeLimit,
+    Verdict,
+    is_finished,
+    out_of_patience,
+    strongest,
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The folder of a run and how it ended: finished, or stopped early by train.max_steps."""
+    """The folder of a run and how it ended: finished, or stopped as asked. `why`: the setting that ended it before its
+    last epoch."""
 
     path: Path
     finished: bool
     state: RunState
+    why: str = ""
 
 
 class Trainer(Replica):
     """One run in this process. It goes on from `state`, and from the weights that are there; `run` is called once."""
 
     def run(self, folder: RunFolder) -> Outcome:
-        """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved;
+        """Trains until the last epoch, or a setting ends it. Raises Interrupted after a signal, with everything saved;
         OutOfMemory, Diverged, Stuck, DiskError, PeerLost."""
         kept, observer = self.config.checkpoint, self.observer
         saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
@@ -87,6 +102,7 @@ class Loop:
         self.divergence = Divergence(chance.loss, config.log_every_steps)
         self.memory = OomFallback(replica, folder)
         self.interval = CheckpointInterval(replica.config.checkpoint, saver, replica.state.step)
+        self.time = TimeLimit(config.hours, replica.state)
         self.metrics = Metrics(replica, folder)
         self._take_state()
 
@@ -127,7 +143,9 @@ class Loop:
         """What this process may be the only one to know, after `step` steps."""
         if (signal := self.signals.requested) is not None:
             return Verdict(Act.LEAVE, signal)
-        return strongest(self.memory.verdict(), self.interval.look(step) if self.t.group.leads else Verdict())
+        if not self.t.group.leads:
+            return self.memory.verdict()
+        return strongest(self.memory.verdict(), self.interval.look(step), self.time.look(self.metrics.elapsed_seconds))
 
     def _agree(self, code: int | None = None) -> Verdict:
         """The strongest verdict of all processes, which they have sent with the step (`code`), or send now."""
@@ -139,13 +157,22 @@ class Loop:
         self._settle()
         return strongest(verdict, self.divergence.look(self.state))
 
+    def _over(self) -> str:
+        """Why there is no next step, as far as all processes know it; "" if there is one."""
+        config, state = self.t.config.train, self.state
+        if out_of_patience(config, state):
+            return PATIENCE
+        if config.max_steps is not None and state.step >= config.max_steps:
+            return MAX_STEPS
+        return HOURS if self.time.was_over else ""
+
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def step(self) -> Verdict:
         """Does a step, under smaller plans if it does not fit, and asks the watchers."""
         state, config = self.state, self.t.config.train
-        if config.max_steps is not None and state.step >= config.max_steps:
-            return self._unless_broken(Verdict(Act.LEAVE, MAX_STEPS))
+        if over := self._over():
+            return self._unless_broken(Verdict(Act.LEAVE, over))
         self.interval.hold(state.step)
         lr = self.t.lr(state.step)
         self.t.observer.step(self.metrics.position(lr))
@@ -162,12 +189,14 @@ class Loop:
             self._settle()
         joint = self.t.step.joint
         verdict = self._agree(None if joint is None else joint.agreed)
-        if epoch_done and verdict.act is Act.SAVE:
+        if epoch_done and (verdict.act is Act.SAVE or verdict.why == HOURS):
             verdict = Verdict()  # after the evaluation
         if logged or verdict.act is not Act.CONTINUE:
             verdict = self._unless_broken(verdict)
         if logged and verdict.act < Act.LEAVE:
             self.t.observer.progress(self.metrics.progress())
+            if (throttled := self.metrics.card.throttled()) is not None:
+                self.t.observer.recorded_warning(self.folder, throttled)
             self.export()
             if state.step >= self._pace_due:  # for who looks on, before an epoch has its row
                 self._pace_due = 2 * state.step - self._pace_from
@@ -234,7 +263,7 @@ class Loop:
         t.observer.epoch(row, t.config.train.epochs)
         self.export()
         self.metrics.begin_epoch()
-        verdict = strongest(stalled, self._agree()) if state.epoch < t.config.train.epochs else Verdict()
+        verdict = Verdict() if is_finished(t.config.train, state) else strongest(stalled, self._agree())
         if (evidence := self.stall.evidence) is not None and self.stall.is_new and verdict.why != STALLED:
             self.folder.event("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=False)
             instead = f"{way_out(t.config.model)}, or end such runs with --on-stuck stop"
@@ -301,10 +330,14 @@ class Loop:
             self._finish("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=True)
             instead = f"{way_out(self.t.config.model)}, or go on with `lowmem resume {run} --on-stuck warn`"
             raise Stuck(f"{evidence.words}; stopped as asked, saved at epoch {state.epoch}: {instead}")
-        if why == MAX_STEPS:
+        if why == PATIENCE:
+            assert state.best is not None
+            self._finish("done", epoch=state.epoch, step=state.step, reason=why, best_epoch=state.best.epoch)
+            return Outcome(run, True, state, why)
+        if why in (MAX_STEPS, HOURS):
             self._save()
-            self._finish("stop", reason=MAX_STEPS, step=state.step)
-            return Outcome(run, False, state)
+            self._finish("stop", reason=why, step=state.step)
+            return Outcome(run, False, state, why)
         name = self.signals.requested = self.signals.requested or why
         self._save()
         self._finish("signal", signal=name, epoch=state.epoch, step=state.step)

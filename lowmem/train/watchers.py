@@ -6,6 +6,7 @@ it is given. Those of the loss are in `loss_watchers`.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem.config.schema import TrainConfig
 from lowmem.config.sections import CheckpointConfig
 from lowmem.core.units import format_size
 from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter
+from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.saver import Saver
 from lowmem.step.train_step import optimizer_tensors
 from lowmem.train.replica import Replica
@@ -52,26 +55,56 @@ class Verdict:
     @property
     def code(self) -> int:
         """For the small message between processes: greater for a stronger verdict. A signal goes by its number."""
-        signal = NAMES.index(self.why) if self.act is Act.LEAVE else 0
-        return len(NAMES) * self.act + signal
+        signal = _FROM_ONE.index(self.why) if self.act is Act.LEAVE else 0
+        return len(_FROM_ONE) * self.act + signal
 
     @classmethod
     def of(cls, code: int, mine: Verdict) -> Verdict:
         """The strongest of all processes by its `code`, in this one's own words if it said the same (`mine`)."""
         if mine.code == code:
             return mine
-        act, signal = divmod(code, len(NAMES))
-        words = {Act.LEAVE: NAMES[signal], Act.REPLAN: "another process is short of it"}
+        act, signal = divmod(code, len(_FROM_ONE))
+        words = {Act.LEAVE: _FROM_ONE[signal], Act.REPLAN: "another process is short of it"}
         return cls(Act(act), words.get(Act(act), ""))
 
 
-MAX_STEPS = "train.max_steps"  # reasons to leave that are no signals; all processes know them
+MAX_STEPS, PATIENCE = "train.max_steps", "train.patience"  # reasons to leave that are no signals
 STALLED = "stalled"
+HOURS = "train.hours"  # by the clock of one process; the others know from themselves
+_FROM_ONE = (HOURS, *NAMES)  # what one process may be the only one to know, a signal before the clock
 
 
 def strongest(*verdicts: Verdict) -> Verdict:
     """The first of the strongest."""
     return max(verdicts, key=lambda verdict: verdict.act)
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def out_of_patience(config: TrainConfig, state: RunState) -> bool:
+    """Whether a run, between two epochs, has had `train.patience` of them since its best one. By what its checkpoints
+    hold: a resume ends it at the same epoch."""
+    best, most = state.best, config.patience
+    return most is not None and best is not None and state.step_in_epoch == 0 and state.epoch - best.epoch >= most
+
+
+def is_finished(config: TrainConfig, state: RunState) -> bool:
+    """Whether there is nothing left to train, by its last epoch or by its patience."""
+    return state.epoch >= config.epochs or out_of_patience(config, state)
+
+
+class TimeLimit:
+    """`train.hours`, of training in all processes' lives. `state`: as this process begins, which all of a group know
+    alike; later each has a clock of its own. A step is not left in its middle, and an epoch whose steps are done is
+    evaluated: that comes on top."""
+
+    def __init__(self, hours: float | None, state: RunState) -> None:
+        self._seconds = math.inf if hours is None else 3600 * hours
+        self.was_over = state.elapsed_seconds >= self._seconds
+
+    def look(self, elapsed_seconds: float) -> Verdict:
+        return Verdict(Act.LEAVE, HOURS) if elapsed_seconds >= self._seconds else Verdict()
 
 
 # -- the checkpoint interval -------------------------------------------------------------------------------------------

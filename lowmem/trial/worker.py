@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.config.sources import SOURCE_SIDE
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.isolate import OUT_OF_MEMORY

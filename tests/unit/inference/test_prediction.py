@@ -119,8 +119,9 @@ def test_broken_files_are_told_and_the_rest_is_done(
     lines = out.splitlines()
     assert lines[0].split() == ["class", "or", "picture"]
     assert [Path(line.split("  ")[-1]).name for line in lines[1:]] == [name for name in whole if name != whole[3]]
+    pipe = "empty" if os.name == "nt" else "no regular file"
     for name, why in (
-        (whole[3], "damaged"), ("empty.png", "empty"), ("words.jpg", "no picture"), ("pipe.png", "empty" if os.name == "nt" else "no regular file"),
+        (whole[3], "damaged"), ("empty.png", "empty"), ("words.jpg", "no picture"), ("pipe.png", pipe),
         ("not there.jpg", "No such file"),
     ):  # fmt: skip
         assert any(f"{name}: {why}" in line for line in err.splitlines()), name

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 from lowmem.train.replica import capture
 
@@ -166,15 +166,16 @@ def test_amp_on_the_cpu_is_bf16_with_fp32_weights(memory_format: str) -> None:
     assert torch.isfinite(loss_sum)
 
 
-def test_the_update_allocates_nothing() -> None:
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(kind="adamw", decay_norms=False, ema=0.9)])
+def test_the_update_allocates_nothing(optim: OptimConfig) -> None:
     """So that a step which runs out of memory does so before anything was changed."""
     model = build("res20", width=4)
-    optimizer = make_optimizer(model, OptimConfig(), "cpu")
+    optimizer = make_optimizer(model, optim, "cpu")
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = model.conv1.weight.detach().clone()
     with TensorMeter() as meter:
-        meter.adopt([*model.parameters(), *(slots["momentum_buffer"] for slots in optimizer.state.values())])
+        meter.adopt([*model.parameters(), *optimizer_tensors(optimizer)])
         held = meter.live_bytes
         optimizer.step()
     assert meter.peak_bytes == held > 0

@@ -8,11 +8,11 @@ import pytest
 
 from lowmem.core.units import MIB
 from lowmem.train.signals import NAMES
-from lowmem.train.watchers import Act, MeasuredPeak, Verdict, strongest
+from lowmem.train.watchers import HOURS, Act, MeasuredPeak, Verdict, strongest
 
 SAVE, SHORT = Verdict(Act.SAVE), Verdict(Act.REPLAN, "the allocator thrashes")
 SIGNALS = [Verdict(Act.LEAVE, name) for name in NAMES]
-SENT = [Verdict(), SAVE, SHORT, *SIGNALS]
+SENT = [Verdict(), SAVE, SHORT, Verdict(Act.LEAVE, HOURS), *SIGNALS]
 
 
 def test_a_broken_loss_is_undone_before_anything_is_saved_or_left() -> None:
@@ -32,6 +32,11 @@ def test_two_processes_agree(mine: Verdict, other: Verdict) -> None:
     assert agreed[0].code == agreed[1].code
     if agreed[0].act is Act.LEAVE:
         assert agreed[0] == agreed[1], "both name the same signal"
+
+
+def test_a_signal_is_what_they_leave_for_when_the_time_is_over_too() -> None:
+    over, signal = Verdict(Act.LEAVE, HOURS), SIGNALS[0]
+    assert Verdict.of(max(over.code, signal.code), over) == signal
 
 
 def test_each_in_its_own_words() -> None:
