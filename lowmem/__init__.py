@@ -15,6 +15,7 @@ _LAZY = {
     "models": "lowmem.models",
     "make_plan": "lowmem.choose.planning",
     "apply_plan": "lowmem.remat",
+    "load_run": "lowmem.inference",
     "Plan": "lowmem.plan.record",
     "Config": "lowmem.config.schema",
     **dict.fromkeys(("run_training", "fork_run", "extend_run", "resume_training"), "lowmem.lifecycle"),

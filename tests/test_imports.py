@@ -36,7 +36,8 @@ STANDS_ON: dict[str, set[str]] = {
     "bench": {"trial", "train"},
     "reproduce": {"choose", "train", "report"},
     "doctor": {"choose", "runs", "isolate"},
-    "cli": {"lifecycle", "bench", "reproduce", "doctor"},
+    "inference": {"choose", "train", "report"},
+    "cli": {"lifecycle", "bench", "reproduce", "doctor", "inference"},
 }
 EXEMPT = {"lifecycle", "cli"}
 MOST_FLOORS = 10

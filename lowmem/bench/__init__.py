@@ -238,6 +238,11 @@ class Cell:
         """Of its plan, that wait in host memory."""
         return None if self.plan is None else self.plan["predicted"].get("host_bytes")
 
+    @property
+    def hidden_share(self) -> float | None:
+        """Of the seconds of their transfer, as predicted: those beside which the plan computes."""
+        return None if self.plan is None else self.plan["predicted"].get("hidden_share")
+
     # -- its file ------------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:

@@ -151,6 +151,7 @@ def _row(cell: Cell, plain: Cell | None, first: Cell | None) -> Row:
         "device_used_bytes": None if cell.predicted_device_bytes is None else cell.most("device_used_bytes"),
         "resident_growth_bytes": cell.most("resident_growth_bytes"),
         "host_bytes": cell.host_bytes or None,
+        "hidden_share": cell.hidden_share,
         "rounds": len(cell.known("step_seconds")),
         "contended": any(one is not None and one.contended for one in (cell, plain, first)),
         "step_seconds": cell.step_seconds,
@@ -193,7 +194,8 @@ def _tables(setup: TableSetup, cells: Sequence[Cell], rows: Sequence[Row]) -> li
     unit = next((row["facts"]["unit"] for row in largest if row["facts"]), UNKNOWN)
     way, images = Column("way", "way"), Column.rate("images/s")
     predicted, measured, *others = _memory_columns(setup)
-    there = [] if setup.host is None else [Column.mib("MiB on the host", "host_bytes")]
+    there = [Column.mib("MiB on the host", "host_bytes"), Column.figure("transfer hidden", "hidden_share", "{:.0%}")]
+    there = [] if setup.host is None else there
     return [
         ResultTable(
             f"A batch of {setup.batch} in every way, fp32, contiguous",
@@ -262,7 +264,10 @@ def _step_note(setup: TableSetup, cells: Sequence[Cell]) -> str:
         "gets it (`torch.optim.SGD(parameters, lr, …)`), lowmem has its fused form. "
     )
     if setup.host is not None:
-        said += "With host memory: what waits there goes out and comes back once a step. "
+        said += (
+            "With host memory: what waits there goes out and comes back once a step; `transfer hidden` is the "
+            "predicted share of that transfer's time beside which the step computes. "
+        )
     twice = next((times for cell in cells if (times := cell.first("norm_updates") or 1) > 1), None)
     if twice is not None:
         said += f"`gradients only`: batch norm's running statistics were moved {twice} times in the step. "

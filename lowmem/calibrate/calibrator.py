@@ -140,8 +140,9 @@ class StageTimes:
 
     @property
     def update_key(self) -> object:
-        shapes = tuple(tuple(parameter.shape) for parameter in self.shape.model.parameters())
-        return "optimizer", self.shape.momentum, shapes
+        trained = (parameter for parameter in self.shape.model.parameters() if parameter.requires_grad)
+        shapes = tuple(tuple(parameter.shape) for parameter in trained)
+        return "optimizer", self.shape.optim.work, shapes
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class Calibrator:
             blocks, ways = len({at for at, *_ in wanted.values()}), sum(len(told) > 2 for told in wanted.values())
             said = f"{blocks} blocks, {ways} ways to run them, in {shape.precision} and {shape.memory_format}"
         if self.calibration.seconds(times.update_key) is None:
-            update = {"network": recipe_of(shape.model), "momentum": shape.momentum}
+            update = {"network": recipe_of(shape.model), "optim": shape.optim.model_dump(mode="json")}
             jobs.append({"kind": "update", "figure": figure_name("seconds", times.update_key), **update})
         self._run(jobs, said)
         return times
@@ -294,4 +295,5 @@ def _network(shape: StepShape) -> Job:
 
 
 def _parameters(model: nn.Module) -> tuple[object, ...]:
-    return tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    """Of those that are trained: with others frozen, blocks take another time."""
+    return tuple((name, tuple(one.shape)) for name, one in model.named_parameters() if one.requires_grad)

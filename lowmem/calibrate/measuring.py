@@ -115,12 +115,19 @@ def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
     return largest
 
 
-def _update(device: str, *, figure: str, network: Mapping[str, Any], momentum: bool) -> Figures:
+def _update(device: str, *, figure: str, network: Mapping[str, Any], optim: Mapping[str, Any]) -> Figures:
     model = from_recipe(network, seed=0).to(device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = make_optimizer(model, OptimConfig(momentum=0.9 if momentum else 0.0), device)
-    return {figure: [time_calls(optimizer.step, device, warmup=2, rounds=3).median_seconds, 0.0, 0.0]}
+    config = OptimConfig(**optim)
+    optimizer = make_optimizer(model, config, device)
+
+    def update() -> None:
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+
+    return {figure: [time_calls(update, device, warmup=2, rounds=3).median_seconds, 0.0, 0.0]}
 
 
 # -- convolutions ------------------------------------------------------------------------------------------------------

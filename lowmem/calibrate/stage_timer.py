@@ -94,9 +94,8 @@ class ChainClock:
         known: dict[Hashable, _T] = {}
         keys = []
         for timer in self._stages():
-            keys.append(
-                (timer.stage.signature, timer.x.shape, timer.need_input, timer.masked and timer.masked.signature)
-            )
+            trains, mask = timer.stage.trains(), timer.masked and timer.masked.signature
+            keys.append((timer.stage.signature, trains, timer.x.shape, timer.need_input, mask))
             if keys[-1] not in known:
                 known[keys[-1]] = figure(timer)
         return [known[key] for key in keys]

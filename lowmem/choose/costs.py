@@ -12,7 +12,6 @@ import torch
 
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
-from lowmem.config.schema import OptimConfig
 from lowmem.core.phases import Phase, untold
 from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
 from lowmem.plan.front import Result, front
@@ -79,7 +78,7 @@ def keepable(stage: Stage) -> list[tuple[str, ...]]:
 @dataclass(frozen=True, kw_only=True)
 class ChainMeasure:
     """What the simulator saw of a chain: bytes and operations, for any card. `fixed_bytes`: of parameters, buffers,
-    what the optimizer keeps, what undoes a step, and the pictures."""
+    what the optimizer keeps, what undoes a step, and the pictures; `parameter_bytes`: of those that are trained."""
 
     names: tuple[str, ...]
     run_whole: Mapping[str, str]  # by path ("": all of it) why a module does, though it is no single operation
@@ -118,8 +117,7 @@ def measure_costs(
         for measure in measured:
             measures.append(measure)
             phase(what, len(measures), len(stages))
-        momentum = OptimConfig(momentum=0.9 if shape.momentum else 0.0)
-        optimizer = make_optimizer(model, momentum, execution.device)
+        optimizer = make_optimizer(model, shape.optim, execution.device)
         step = TrainStep(model, optimizer, make_scaler(execution), execution, shape.micro_batch)
         held = (*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *Undo(step, model).copies)
         return ChainMeasure(
@@ -127,7 +125,7 @@ def measure_costs(
             run_whole=chain.leaves,
             stages=tuple(measures),
             fixed_bytes=sum(tensor.nbytes for tensor in held) + x.nbytes * shape.accumulation,
-            parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+            parameter_bytes=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
             accumulates=shape.accumulation > 1,
         )
 
@@ -175,6 +173,7 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
             fast_seconds=seconds(stage, FAST, stage.fast_work, ()).forward,
             fast_temp_bytes=stage.fast_temp_bytes,
             param_grad_bytes=0 if measured.accumulates else stage.param_grad_bytes,
+            reached=stage.reached,
         )
 
     # The gradients of all parameters exist throughout a step that accumulates. The fused update allocates nothing.

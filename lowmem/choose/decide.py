@@ -242,7 +242,7 @@ def _outdated(plans: Sequence[Plan | None], config: Config, classes: int) -> str
     """Why plans that hold cannot be followed by this version, which may divide the network otherwise than the one that
     made them."""
     known = [plan for plan in plans if plan is not None]
-    stages = decompose(make_network(config.model, classes)) if known else ()
+    stages = decompose(make_network(config.model, classes, freeze=config.train.freeze)) if known else ()
     for plan in known:
         try:
             check_plan(plan, stages)
@@ -281,13 +281,14 @@ def _budget(config: Config) -> tuple[object, ...]:
 
 def _basis(config: Config) -> tuple[object, ...]:
     train = config.train
-    computed = (train.batch, train.micro_batch, train.precision, train.memory_format, config.optim.momentum > 0)
-    kernels = (train.device, train.batch_norm, train.tf32, train.deterministic)
+    computed = (train.batch, train.micro_batch, train.precision, train.memory_format, config.optim.work)
+    loss = (train.label_smoothing > 0, config.data.mixup > 0)
+    kernels = (train.device, train.batch_norm, train.tf32, train.deterministic, train.freeze)
     # The pictures lie on the card beside the step.
     data = config.data
     count = (data.train_subset, data.val_split, data.val_folder, data.test_split, data.skip_damaged)
     pictures = (data.source, *count) if for_card(config) else ()
-    return *_budget(config), config.memory.allow_accumulation, *computed, data.image_size, *kernels, *pictures
+    return *_budget(config), config.memory.allow_accumulation, *computed, *loss, data.image_size, *kernels, *pictures
 
 
 def _same_computation(config: Config, plan: Plan | None, request: Request, group: Group) -> BatchSplit:

@@ -27,7 +27,7 @@ from lowmem.choose.request import (
     of_device,
     with_communicators,
 )
-from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card
+from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card, refuse_bf16
 from lowmem.config.processes import for_process
 from lowmem.config.schema import Config, TrainConfig
 from lowmem.config.settings import Settings
@@ -72,14 +72,9 @@ def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:
     device = train.device
     if device == "auto":
         obstacle = card_obstacle()
-        device = "cuda" if torch.cuda.is_available() and obstacle is None else "cpu"
-        why = (
-            "a CUDA device is there"
-            if device == "cuda"
-            else f"{_OBSTRUCTED}{obstacle}"
-            if obstacle
-            else "no CUDA device"
-        )
+        device, why = "cpu", f"{_OBSTRUCTED}{obstacle}" if obstacle else "no CUDA device"
+        if obstacle is None and torch.cuda.is_available():
+            device, why = "cuda", "a CUDA device is there"
         settings = settings.replace({"train.device": device}, f"auto: {why}")
     require_device(device)
     left = {"precision": planned, "memory_format": planned and calibrates(config, device)}
@@ -168,8 +163,11 @@ def require_device(device: str) -> None:
 
 
 def refuse_unsafe(config: Config) -> None:
-    """Raises PreflightError for settings under which the library is known to corrupt memory."""
+    """Raises PreflightError for settings under which the library is known to corrupt memory, and for bf16 on a card at
+    hand that has none."""
     train = config.train
+    if train.device == "cuda" and torch.cuda.is_available():
+        refuse_bf16(train.precision, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     check_memory_format(make_network(config.model), train.device, train.precision, train.memory_format)
 
 
@@ -345,23 +343,23 @@ def request_of(
     """What `choose` needs to know of a run. `processes`: that train it, of which this is one. `on_paper`: it is not
     trained here. Raises as `budget_of` does, UsageError for settings at odds, PreflightError for those that
     `refuse_unsafe` refuses and for more host memory than is free."""
-    joint = processes > 1
     _check_micro_batch(config)
     refuse_size(config)
     if config.memory.card is None:  # else the step is another machine's
         refuse_unsafe(config)
     if config.memory.platform != "auto" and config.memory.card is None:
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
-    budget, card = budget_of(config, train_pictures, calibrator, joint=joint)
+    budget, card = budget_of(config, train_pictures, calibrator, joint=processes > 1)
+    if card is not None and config.memory.card is not None:
+        refuse_bf16(config.train.precision, card.name, card.capability_pair)
     check_network(config.model, num_classes, config.data.image_shape)
-    model = make_network(config.model, num_classes)
+    model = make_network(config.model, num_classes, freeze=config.train.freeze)
     if calibrator is not None:
         modes, reasons = by_measurement(config, model, calibrator)
     else:
         modes = by_kind(config.train.precision, config.train.memory_format, card is not None and card.tensor_cores)
         reasons = {}
-    rated = card or load_card(REFERENCE_CARD)
-    measured = calibrator is not None and calibrator.device == "cuda"
+    rated, measured = card or load_card(REFERENCE_CARD), calibrator is not None and calibrator.device == "cuda"
     return Request(
         model=model,
         batch=config.train.batch,
@@ -374,9 +372,11 @@ def request_of(
         calibrator=calibrator,
         micro_batch=config.train.micro_batch,
         allow_accumulation=config.memory.allow_accumulation,
-        momentum=config.optim.momentum > 0,
-        joint=joint,
+        optim=config.optim,
+        joint=processes > 1,
         sync_bn=config.train.sync_bn,
+        label_smoothing=config.train.label_smoothing > 0,
+        mixup=config.data.mixup > 0,
         batch_norm=batch_norm_of(config),
         tf32=_tf32(config, card),
         host=host_terms_of(config, rated, processes, on_paper=on_paper, measured=measured),

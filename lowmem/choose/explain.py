@@ -11,7 +11,7 @@ from lowmem.plan.record import Plan
 _KINDS = {
     "params": "parameters and buffers",
     "grads": "gradients",
-    "optimizer": "momentum",
+    "optimizer": "what the optimizer keeps",
     "activations": "activations, the batch included",
     "temporary": "temporary tensors",
     "workspace": "convolution workspace (measured)",
@@ -62,7 +62,8 @@ def _in_host_memory(choice: Choice) -> list[str]:
     waiting, seconds = predicted.waiting_seconds or 0.0, predicted.step_seconds
     stands = "never stands still for that"
     if seconds and waiting >= _NO_TIME * seconds:
-        stands = f"stands still for that for {waiting / seconds:.1%} of the step"
+        hidden = f"{predicted.hidden_share or 0.0:.0%} of the transfer is hidden"
+        stands = f"stands still for that for {waiting / seconds:.1%} of the step ({hidden})"
     return [
         f"{format_size(predicted.host_bytes)} of what it keeps wait in host memory (up to {limit} may), {rates},",
         f"beside the computing, which {stands}.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -18,13 +18,14 @@ from lowmem.choose.costs import ChainMeasure, calls_of, measure_costs, price
 from lowmem.choose.execution import by_kind
 from lowmem.choose.fitting import fit
 from lowmem.choose.request import INSIDE, REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
-from lowmem.config.cards import Card, load_card
+from lowmem.config.cards import Card, load_card, refuse_bf16
+from lowmem.config.schema import OptimConfig
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory
 from lowmem.plan.cost import ChainCost
 from lowmem.plan.hosting import HostSolver, HostTerms
-from lowmem.plan.record import Candidate, Plan
+from lowmem.plan.record import Candidate, Plan, Precision
 from lowmem.plan.solver import Solver
 from lowmem.remat.libraries import convolutions_in_tf32
 from lowmem.remat.module import Named, parts_of
@@ -43,12 +44,14 @@ def make_plan(
     batch: int,
     budget: str | int | Budget | None = None,
     card: Card | None = None,
-    precision: Literal["auto", "fp32", "amp"] = "fp32",
+    precision: Literal["auto", "fp32", "amp", "bf16"] = "fp32",
     memory_format: Literal["auto", "contiguous", "channels-last"] = "contiguous",
     micro_batch: int | None = None,
     allow_accumulation: bool = True,
     image_shape: tuple[int, int, int] = (3, 32, 32),
     momentum: bool = True,
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+    ema: bool = False,
     batch_norm: Literal["library", "native"] | None = None,
     stages: Named | None = None,
     host: HostTerms | None = None,
@@ -58,15 +61,17 @@ def make_plan(
     `budget`: bytes for all tensors of the step ("4600M"), or, with a `card`, the card's memory (None: the profile's).
     `batch_norm`: its kernels on CUDA, the library's choice, which has plain PyTorch's bits, or native ones, which work
     in place; None: the library's for a `card` or a model on CUDA, else native (on the CPU both have the same bits).
-    `momentum`: the optimizer keeps a tensor of each parameter's size, as SGD does with momentum. One that keeps more is
-    not simulated: Adam takes the parameters' bytes once more, which `budget` must leave.
+    `optimizer`: what it keeps from step to step is in the plan: of SGD with `momentum` a tensor of each parameter's
+    size, of Adam and AdamW two; `ema` (running means of the weights, on the same device): one more. It is simulated in
+    the library's fused form, whose update takes no memory.
     `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through
     one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. `host`: memory
     in which tensors may wait between forward and backward, and how fast they get there (`lowmem.plan.hosting`); None:
     they do not. Raises Infeasible with the least that fits, ValueError if neither budget nor card is given, for a
     budget without its unit, for stages that are no modules of the network, or for a network that cannot be planned
     (NotTraceable), PreflightError if, planned, it computes something else (`lowmem.remat.same_forward`; of a model on
-    `meta` nobody can tell). What cannot be planned inside is named among the plan's candidates.
+    `meta` nobody can tell) or for bf16 on a `card` without. What cannot be planned inside is named among the plan's
+    candidates.
     """
     if isinstance(budget, Budget):
         limits = budget
@@ -84,6 +89,12 @@ def make_plan(
     if batch_norm is None:
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
         batch_norm = "library" if on_cuda or card is not None else "native"
+    if card is not None:
+        refuse_bf16(precision, card.name, card.capability_pair)
+    # What the other settings are changes no byte.
+    mean = {"ema": 0.999} if ema else {}
+    kind: dict[str, Any] = {"momentum": 0.9 if momentum else 0.0} if optimizer == "sgd" else {"kind": "adamw"}
+    optim = OptimConfig(**kind, **mean)
     request = Request(
         model=model,
         batch=batch,
@@ -93,7 +104,7 @@ def make_plan(
         micro_batch=micro_batch,
         allow_accumulation=allow_accumulation,
         image_shape=image_shape,
-        momentum=momentum,
+        optim=optim,
         batch_norm=batch_norm,
         stages=None if stages is None else tuple(name for name, _ in parts_of(model, stages)),
         host=host,
@@ -140,12 +151,14 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
 
 
 def _whatever_the_batch(request: Request) -> int:
-    """Bytes that a step takes at its end of any batch: parameters, their gradients and momentum, buffers."""
-    parameters, buffers = (
+    """Bytes that a step takes at its end of any batch: parameters, gradients of those that are trained and what the
+    optimizer keeps of them, buffers."""
+    parameters = list(request.model.parameters())
+    everything, trained = (
         sum(one.numel() * one.element_size() for one in of)
-        for of in (request.model.parameters(), request.model.buffers())
+        for of in ((*parameters, *request.model.buffers()), (one for one in parameters if one.requires_grad))
     )
-    return parameters * (3 if request.momentum else 2) + buffers
+    return everything + trained * (1 + request.optim.copies)
 
 
 def _candidates(request: Request) -> Iterator[tuple[str, int]]:
@@ -208,7 +221,7 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         batch=request.batch,
         micro_batch=micro_batch,
         accumulation=shape.accumulation,
-        precision="amp" if precision == "amp" else "fp32",
+        precision=cast(Precision, precision),
         memory_format="channels-last" if shape.memory_format == "channels-last" else "contiguous",
         exact=shape.accumulation == 1,
         stages=measured.names,

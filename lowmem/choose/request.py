@@ -14,6 +14,7 @@ from torch import nn
 from lowmem.calibrate.calibrator import Calibrator
 from lowmem.calibrate.device import DeviceFacts
 from lowmem.config.cards import Card
+from lowmem.config.schema import OptimConfig
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import KIB, MIB
@@ -98,7 +99,7 @@ class Budget:
 
     @property
     def tensor_bytes(self) -> int:
-        """What is left for parameters, momentum, gradients, activations and temporaries."""
+        """What is left for parameters, what the optimizer keeps, gradients, activations and temporaries."""
         return self.total_bytes - self.others_bytes - self.process_bytes - self.pictures_bytes - self.margin_bytes
 
     @property
@@ -228,9 +229,11 @@ class Request:
     allow_accumulation: bool = True
     settled: bool = False  # a run that has begun: batch, precision and accumulation cannot change
     image_shape: tuple[int, int, int] = (3, 32, 32)
-    momentum: bool = True
+    optim: OptimConfig = field(default_factory=OptimConfig)
     joint: bool = False  # one of several processes that train the run; `batch` is its own share
     sync_bn: bool = False
+    label_smoothing: bool = False
+    mixup: bool = False
     host: HostTerms | None = None  # of the memory in which tensors may wait; None: they may not
     stages: tuple[str, ...] | None = None  # modules that are the links of the chain; None: as it is traced
     batch_norm: Literal["library", "native"] = "native"
@@ -249,10 +252,12 @@ class Request:
             micro_batch=micro_batch,
             precision=precision,
             memory_format=self.modes[precision],
-            momentum=self.momentum,
+            optim=self.optim,
             library_norm=self.batch_norm == "library",
             joint=self.joint,
             sync_bn=self.sync_bn,
+            label_smoothing=self.label_smoothing,
+            mixup=self.mixup,
             stages=self.stages,
         )
 
@@ -316,6 +321,7 @@ class Choice:
             extra_flops=simulated.flops - self.plain.flops,
             host_bytes=solution.host_bytes,
             waiting_seconds=solution.waiting_seconds * self.shape.accumulation,
+            hidden_share=solution.hidden_share,
         )
 
 
@@ -323,7 +329,7 @@ def card_rates(card: Card) -> Callable[[str], Rates]:
     """Precision -> attainable rates by the card's datasheet (see `Rates.roofline` for the shares)."""
 
     def rates(precision: str) -> Rates:
-        flops = card.amp_flops_per_second if precision == "amp" else card.fp32_flops_per_second
+        flops = card.fp32_flops_per_second if precision == "fp32" else card.amp_flops_per_second
         return Rates.roofline(flops, card.bandwidth_bytes_per_second)
 
     return rates

@@ -69,11 +69,17 @@ FLAGS = (
         "resume": "With --epochs: the new run's folder; default RUN-fork.",
         "fork": "Run folder; default RUN-fork.",
         "report": "Folder for the report; default RUN/report for one run, report/ for several.",
+        "evaluate": "Folder for the results, of several runs a folder for each in it; default RUN/evaluate.",
         "bench": "Folder of the results (bench/NETWORK); what is in it already is not measured again.",
     }),
     Flag("--out", "", Path, {
         "reproduce": "Folder of the job; each run and the report are folders in it.",
     }, default=Path("runs/reproduce")),
+    Flag("--weights", "", str, {
+        "evaluate predict": "best, last, or a .safetensors file of such a network's weights.",
+    }, default="best"),
+    Flag("--top", "", int, {"predict": "Classes told of each picture, the most probable first."}, least=1, default=3),
+    Flag("--format", "", str, {"predict": "table, csv, or jsonl: a JSON object a line."}, default="table"),
     Flag("--html", "", bool, {"report": "Also report.html: the same in one file, figures inlined."}),
     Flag("--tensorboard", "", bool, {"report": "Also TensorBoard event files of the runs, beside the report."}),
     Flag("--only", "", str, {"reproduce": "Only these runs this time, like res20,cnn110."}, metavar="RUN,RUN"),
@@ -88,6 +94,7 @@ FLAGS = (
     Flag("--json", "", bool, {
         "ls settings cards cache": "Print everything known as JSON.",
         "verify doctor": "Print the findings as JSON.",
+        "evaluate": "Print the figures as JSON, a list with an object for each run.",
         "watch": "With --once: as JSON.",
         "plan": "Print the plan as JSON; where none fits, all that was tried.",
     }),
@@ -113,18 +120,27 @@ FLAGS = (
         "train plan doctor bench": "What --model's network is made with, like depth=3; may be repeated.",
         "fork": "What the network is made with from there on, like dropout=0.1; may be repeated.",
     }, metavar="NAME=VALUE"),
+    Flag("--init", "train.init", str, {
+        "train": "Weights to begin with: a file, a run (its best), or torchvision: that library's pretrained ones.",
+    }, metavar="FILE|RUN|torchvision"),
+    Flag("--freeze", "train.freeze", list[str], {
+        "train": "Do not train what is named so, like layer1* or features.*; may be repeated.",
+        "plan": "What is not trained, like layer1* or features.*; may be repeated.",
+        "fork": "What is not trained from there on, like layer1*; may be repeated.",
+    }, metavar="PATTERN"),
     Flag("--width", "model.width", int, {_STARTS: "Channels of the stem (64)."}),
     Flag("--width", "model.width", int, {"bench": "Channels of the stem (64; quick: 16)."}, least=1),
     Flag("--data", "data.source", str, {
         "train doctor reproduce": "cifar10, fashion-mnist, shapes or folder:PATH.",
         "resume": "Where the same pictures are now, like folder:PATH.",
+        "evaluate": "Other pictures of the same classes, like folder:PATH: its test/, or all in class folders.",
     }),
     Flag("--image-size", "data.image_size", int, {
         "train plan doctor reproduce": "Side of the square pictures that the network sees (32); of a folder any.",
         "bench": "Side of the square pictures that the network sees (32).",
     }, metavar="N"),
     Flag("--data-root", "data.root", str, {
-        "train resume doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
+        "train resume evaluate doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
     }),
     Flag("--val-split", "data.val_split", int, {
         "train doctor": "Hold back this many training pictures to choose weights on.",
@@ -133,7 +149,7 @@ FLAGS = (
         "train doctor reproduce": "Of a folder without test/: test on this many pictures, or this share, like 0.2.",
     }, metavar="N"),
     Flag("--skip-damaged", "data.skip_damaged", bool, {
-        "train doctor reproduce": "Go on without files that are no pictures or are damaged, and record which.",
+        "train evaluate doctor reproduce": "Go on without files that are no pictures or are damaged, and record which.",
     }),
     Flag("--batch", "train.batch", str, {
         "train reproduce": "Effective batch (128), or auto: the fastest that fits.",
@@ -157,10 +173,10 @@ FLAGS = (
         "train reproduce": "Learning rate to begin with (0.1).",
         "fork": "Another learning rate, from there on.",
     }),
-    Flag("--recipe", "recipe", str, {"train reproduce": "A shipped recipe (report) or the path of a .yaml file."}),
+    Flag("--recipe", "recipe", str, {"train reproduce": "A shipped recipe (report, modern) or a .yaml file."}),
     Flag("--precision", "train.precision", str, {
-        "train reproduce": "auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).",
-        "plan doctor": "auto, fp32 or amp.",
+        "train reproduce": "auto, fp32, amp (fp16 on CUDA, bf16 on the CPU) or bf16.",
+        "plan doctor": "auto, fp32, amp or bf16.",
     }),
     Flag("--memory-format", "train.memory_format", str, {_STARTS: "auto, contiguous or channels-last."}),
     Flag("--vram", "memory.vram", str, {
@@ -182,7 +198,8 @@ FLAGS = (
         "plan": "A card profile, like gtx1060-6g, or the path of a .yaml file; A,B: one process on each.",
     }),
     Flag("--device", "train.device", str, {f"{_STARTS} resume": "auto, cuda or cpu."}),
-    Flag("--device", "train.device", str, {"bench": "auto, cuda or cpu."}, default="auto"),
+    Flag("--device", "train.device", str, {"bench predict": "auto, cuda or cpu."}, default="auto"),
+    Flag("--device", "train.device", str, {"evaluate": "cuda or cpu; default: as the run was trained."}),
     Flag("--seed", "seed", int, {"train reproduce": "Seed of initial weights, order and augmentation."}),
     Flag("--keep-every", "checkpoint.keep_every", int, {
         "train resume fork": "Keep the checkpoint of every N-th epoch too, to fork from.",

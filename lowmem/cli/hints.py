@@ -20,7 +20,6 @@ _OTHER_WAYS = {
     **dict.fromkeys(("resume", "ckpt", "checkpoint"), _RESUME),
     **dict.fromkeys(("workers", "num-workers"), _WORKERS),
     **dict.fromkeys(("gpus", "nproc"), _SEVERAL),
-    **dict.fromkeys(("optimizer", "opt"), "it is SGD (`lowmem settings optim`)"),
 }
 
 

@@ -177,6 +177,39 @@ def report(
 
 
 @command
+def evaluate(
+    given: Given,
+    runs: Annotated[list[Path], _runs("Run folders; a run may be in training meanwhile.")],
+    weights: str,
+    out: Path | None,
+    json: bool,
+) -> None:
+    """Loss, error and classes of a run's network on its test pictures, or on others: the figures of its metrics.csv.
+
+    Beside the tables evaluation.json, predictions.csv, confusion.png and worst.png are written to RUN/evaluate."""
+    from lowmem.cli.show_inference import show_evaluation
+
+    show_evaluation(runs, weights, given.changes(), out, json)
+
+
+@command
+def predict(
+    given: Given,
+    run: Annotated[Path, _runs("A run folder, or a .safetensors file of weights.")],
+    pictures: Annotated[list[str], typer.Argument(help="Files, folders with all below, or -: paths by line on stdin.")],
+    weights: str,
+    top: int,
+    format: str,
+) -> None:
+    """The classes of pictures, the most probable first, as table, CSV or JSON lines.
+
+    A picture that cannot be used is told on standard error, the others are done, and the exit code is 3."""
+    from lowmem.cli.show_inference import show_predictions
+
+    raise typer.Exit(show_predictions(run, pictures, weights, given.flags["train.device"], top, format))
+
+
+@command
 def plan(given: Given, recalibrate: bool, json: bool, curve: Path | None) -> None:
     """What would be chosen for a budget and why; needs no GPU."""
     settings = given.settings()

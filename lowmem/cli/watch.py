@@ -185,6 +185,7 @@ def facts(live: Live) -> list[tuple[str, str]]:
         "speed": None if live.images_per_second is None else f"{live.images_per_second:,.0f} images/s",
         "memory": _memory(live),
         "card": describe_card(live.card),
+        "host": live.host_bytes and _host(live.host_bytes, live.hidden_share),
         "saved": saved and f"step {shorten(saved.detail.get('step'), 20)} at {clock(saved)}",
     }
     if live.running and quiet is not None and quiet >= _QUIET_FROM_SECONDS:
@@ -249,6 +250,12 @@ def describe_card(load: Mapping[str, float]) -> str:
     return ", ".join(known)
 
 
+def _host(size: int, hidden: float | None) -> str:
+    """What waits in host memory."""
+    share = "" if hidden is None else f"; {hidden:.0%} of the transfer hidden (predicted)"
+    return f"{format_size(size)} wait in host memory, moved out and back each step{share}"
+
+
 def describe_errors(live: Live) -> str:
     """Of the last epoch, and the best so far."""
     if not live.rows:
@@ -309,8 +316,8 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
 
 _AS_IT_IS = (
     "state", "running", "epoch", "epochs", "step", "step_in_epoch", "steps_per_epoch", "lr", "images_per_second",
-    "peak_bytes", "device_bytes", "budget_bytes", "elapsed_seconds", "seconds_left", "quiet_seconds",
-    "card",
+    "peak_bytes", "device_bytes", "budget_bytes", "host_bytes", "hidden_share", "elapsed_seconds", "seconds_left",
+    "quiet_seconds", "card",
 )  # fmt: skip
 
 

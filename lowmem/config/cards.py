@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from lowmem.config.catalogue import either
 from lowmem.config.sections import CardMemory, Section, Size
 from lowmem.config.settings import read_yaml
-from lowmem.core.errors import UsageError
+from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.reading import profile_names, profiles_folder, shorten
 
 # bytes per second and lane in one direction, by generation, after line coding (PCI-SIG)
@@ -104,6 +104,15 @@ class Card(Section):
 def has_tensor_cores(name: str, capability: tuple[int, int]) -> bool:
     """Of a card as its driver calls it: from capability 7.0 on. The GTX 16xx has 7.5 without: told by its name."""
     return capability >= (7, 0) and "GTX 16" not in name
+
+
+def refuse_bf16(precision: str, name: str, capability: tuple[int, int]) -> None:
+    """Raises PreflightError if that precision is asked for and the card only emulates it."""
+    if precision == "bf16" and capability < (8, 0):
+        raise PreflightError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, and bf16 begins with 8.0 (RTX 30xx): use "
+            "--precision amp, which is fp16 there, or fp32"
+        )
 
 
 def load_card(name: str) -> Card:

@@ -22,12 +22,14 @@ _CLOSE = 0.75  # of two spellings, from which on one may be meant by the other
 # What other trainers call it, with the value where the name says one; spelling alone would lead elsewhere.
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
+    **dict.fromkeys(("optimizer", "opt"), "optim.kind"),
     "wd": "optim.weight_decay",
     "batch_size": "train.batch",
     "bs": "train.batch",
     "num_epochs": "train.epochs",
     "max_epochs": "train.epochs",
-    **dict.fromkeys(("amp", "fp16", "bf16", "mixed_precision"), "train.precision=amp"),
+    **dict.fromkeys(("amp", "fp16", "mixed_precision"), "train.precision=amp"),
+    "bf16": "train.precision=bf16",
     **dict.fromkeys(("gpu", "cuda"), "train.device=cuda"),
     "cpu": "train.device=cpu",
     **dict.fromkeys(("model", "net", "network"), "model.arch"),
@@ -95,7 +97,9 @@ def _kind(field: FieldInfo) -> str:
         elif get_origin(option) is dict:
             words.append("a mapping like {name: value}")
         elif get_origin(option) is tuple:
-            words.append("a rising list of numbers > 0")
+            many, names = Ellipsis in get_args(option), str in get_args(option)
+            listed = "a list of patterns" if names else "a rising list of numbers > 0"
+            words.append(listed if many else f"numbers like {list(field.default)}")
         elif option in (Size, CardMemory, TensorMemory):
             words.append("a size like 6G")
         else:

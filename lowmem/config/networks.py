@@ -34,6 +34,7 @@ _DEPTHS = sorted({depth for depth, _ in BLOCK_LAYOUT})
 ARCHITECTURES: tuple[str, ...] = tuple(f"{kind}{depth}" for kind in ("res", "cnn") for depth in _DEPTHS)
 
 LIBRARIES = ("torchvision", "timm")
+PRETRAINED = "torchvision"  # the weights to begin with are the library's
 FORMS = "torchvision:NAME, timm:NAME or FILE.py:NAME"
 # What decides outputs and weights: these follow the data, and nothing is downloaded.
 _TAKEN = {
@@ -92,6 +93,18 @@ def canonical_spec(spec: str) -> str:
     if "\0" in place or place != place.encode("utf-8", "replace").decode():
         raise ValueError(f"{place!r} is no path in UTF-8, and a run records it as text: rename it")
     return f"{os.path.abspath(os.path.expanduser(place))}:{name}"
+
+
+def canonical_init(text: str) -> str:
+    """The weights to begin with: a path is made absolute, for what is recorded. Raises ValueError."""
+    if not text or "\0" in text or text != text.encode("utf-8", "replace").decode():
+        raise ValueError(f"{text!r} is no path in UTF-8: give a file, a run's folder or {PRETRAINED}")
+    return text if text == PRETRAINED else os.path.abspath(os.path.expanduser(text))
+
+
+def patterns(value: object) -> object:
+    """One pattern alone is a list of one."""
+    return (value,) if isinstance(value, str) else value
 
 
 def file_of(spec: str | None) -> Path | None:

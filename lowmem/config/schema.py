@@ -3,6 +3,7 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.config import networks
-from lowmem.config.sections import CheckpointConfig, MemoryConfig, Section
+from lowmem.config.sections import CheckpointConfig, MemoryConfig, ScheduleConfig, Section
 from lowmem.config.sources import SOURCE_SIDE, SOURCES, canonical_source
 
 
@@ -101,6 +102,25 @@ class DataConfig(Section):
         True,
         description="random horizontal flip and random crop: with padding 4; of a folder from image_size 64 on resized",
     )
+    cutout: PositiveInt | None = Field(
+        None,
+        description="side of a square of the mean colour over every training picture, in pixels as the network sees "
+        "them, its centre anywhere in the picture (DeVries and Taylor 2017)",
+    )
+    random_erasing: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the training pictures that lose a rectangle of 2 to 33 % of the area, aspect 0.3 to 3.3, "
+        "to the mean colour (torchvision's RandomErasing)",
+    )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="alpha of mixup (Zhang et al. 2018): every batch is mixed with itself in another order, by a share "
+        "of Beta(alpha, alpha); the training error counts against the label with the larger share; 0: none",
+    )
     fit: Literal["crop", "stretch"] = Field(
         "crop",
         description="folder: how a picture becomes square. crop: upright by its EXIF orientation, transparency over "
@@ -124,42 +144,59 @@ class DataConfig(Section):
                 f"{self.source} has pictures of {SOURCE_SIDE}x{SOURCE_SIDE}, and image_size {self.image_size} is less: "
                 f"raise it to {SOURCE_SIDE} or more; folder:PATH takes any size"
             )
+        if self.cutout is not None and self.cutout >= self.image_size:
+            raise ValueError(f"cutout {self.cutout} covers pictures of image_size {self.image_size}: lower it")
         return self
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
-    """SGD, in the form of torch.optim.SGD (Sutskever et al.)."""
+    """The update: SGD in the form of torch.optim.SGD (Sutskever et al.), or torch.optim.AdamW (Loshchilov and Hutter,
+    2019)."""
 
-    lr: PositiveFloat = Field(0.1, description="learning rate before the first milestone of the schedule")
+    kind: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer; adamw keeps two tensors of each parameter")
+    lr: PositiveFloat = Field(
+        0.1, description="learning rate before the first milestone; the highest of a cosine or one-cycle schedule"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay, on every parameter")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay; AdamW's is decoupled from the gradient")
     nesterov: bool = Field(False, description="Nesterov's form of the momentum")
+    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="decay of AdamW's two running means")
+    eps: PositiveFloat = Field(1e-8, description="what AdamW adds to the denominator")
+    decay_norms: bool = Field(
+        True, description="weight decay of norms and biases too: of parameters with fewer than two dimensions"
+    )
+    clip_norm: PositiveFloat | None = Field(
+        None, description="scale gradients down to this norm, of all of them together; null: never"
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="evaluate and export a running mean of the weights with this decay a step, like 0.999, from the "
+        "weights that training begins with; buffers are the network's own",
+    )
 
+    @property
+    def copies(self) -> int:
+        """Tensors of a parameter's size that are kept of each between two steps."""
+        own = 2 if self.kind == "adamw" else int(self.momentum > 0)
+        return own + (self.ema is not None)
 
-class ScheduleConfig(Section):
-    """Step schedule. The low start (He et al. 2016, section 4.2: the 110-layer net begins at lr 0.01 until its training
-    error is under 80 %) ends at the latest at the first milestone, and is decided at the end of an epoch, from that
-    epoch's training error."""
-
-    milestones: tuple[PositiveFloat, ...] = Field(
-        (81, 122), description="epochs, of a run of reference_epochs, after which the learning rate is lowered"
-    )
-    gamma: float = Field(0.1, gt=0, lt=1, description="what the learning rate is multiplied by at a milestone")
-    reference_epochs: PositiveInt = Field(
-        164, description="length of the run that the milestones are for; one of another length scales them"
-    )
-    low_start: Literal["auto", "always", "never"] = Field(
-        "auto", description="warm-up: begin with low_start_lr until the net learns; auto: from 110 layers on"
-    )
-    low_start_lr: PositiveFloat = Field(0.01, description="learning rate of the low start")
-    low_start_until_error_pct: float = Field(
-        80.0, gt=0, lt=100, description="the low start ends when the training error is under this, in per cent"
-    )
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What of it decides a step's bytes and operations."""
+        return self.kind, self.momentum > 0, self.clip_norm is not None, self.ema is not None
 
     @model_validator(mode="after")
-    def _rising(self) -> ScheduleConfig:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones {list(self.milestones)} do not rise: write them in rising order, each once")
+    def _of_the_kind(self) -> OptimConfig:
+        others, whose = (("momentum", "nesterov"), "SGD") if self.kind == "adamw" else (("betas", "eps"), "AdamW")
+        for name in others:
+            usual = type(self).model_fields[name].default
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name} is {whose}'s, and kind is {self.kind}: leave it at {json.dumps(usual)}")
         return self
 
 
@@ -185,8 +222,10 @@ class TrainConfig(Section):
         description="hours of training in all: a new run takes no more epochs than fit, as measured before its first "
         "step; when they are over, it stops and is saved",
     )
-    precision: Literal["auto", "fp32", "amp"] = Field(
-        "auto", description="amp: mixed precision, fp16 on CUDA and bf16 on the CPU; auto: where it is faster or needed"
+    precision: Literal["auto", "fp32", "amp", "bf16"] = Field(
+        "auto",
+        description="amp: mixed precision, fp16 on CUDA and bf16 on the CPU; bf16: that on CUDA too, from Ampere on; "
+        "auto: fp32, or amp where it is faster or needed",
     )
     memory_format: Literal["auto", "contiguous", "channels-last"] = Field(
         "auto", description="order of the axes of pictures and weights in memory; auto: what is faster there"
@@ -205,6 +244,13 @@ class TrainConfig(Section):
     )
     eval_batch: PositiveInt | None = Field(None, description="pictures at a time in evaluation; default: batch")
     log_every_steps: PositiveInt = Field(20, description="steps between two rows of steps.csv")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of every training label that is spread evenly over all classes, as cross_entropy does it; "
+        "the training loss that is recorded is then the smoothed one",
+    )
     grad_norms_every: PositiveInt | None = Field(
         None,
         description="steps between two records of the layers' gradient norms; default: an epoch's tenth, at most 100",
@@ -216,6 +262,15 @@ class TrainConfig(Section):
     sync_bn: bool = Field(
         False,
         description="several processes: batch norm over the whole batch, as in one process, not over each one's part",
+    )
+    init: Annotated[str, AfterValidator(networks.canonical_init)] | None = Field(
+        None,
+        description="the weights to begin with: a file of them (.safetensors, .pt), a run (its best), or torchvision: "
+        "the library's pretrained ones, with model.spec torchvision:NAME; null: new ones, by the seed",
+    )
+    init_sha256: str | None = Field(None, description="recorded by a run: hash of the file that init led to")
+    freeze: Annotated[tuple[str, ...], BeforeValidator(networks.patterns)] = Field(
+        (), description="what is not trained: patterns of names of modules or parameters, like layer1* or features.*"
     )
     peer_timeout_minutes: PositiveFloat = Field(
         10.0, description="several processes: give up one that does not answer for so long; a resume wants it again"
@@ -234,7 +289,9 @@ class TrainConfig(Section):
 class Config(Section):
     """Every setting, by section."""
 
-    recipe: str = Field("report", description="settings to begin with: a shipped recipe (report) or a .yaml file")
+    recipe: str = Field(
+        "report", description="settings to begin with: a shipped recipe (report, modern) or a .yaml file"
+    )
     seed: int = Field(0, ge=0, lt=1 << 64, description="of initial weights, order of the pictures and augmentation")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -243,6 +300,26 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Config:
+        warmup, epochs = self.schedule.warmup_epochs, self.train.epochs
+        if warmup is not None and warmup >= epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs {warmup:g} leaves nothing of a run of train.epochs {epochs}: lower it, or "
+                "train longer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pretrained(self) -> Config:
+        spec = self.model.spec
+        if self.train.init == networks.PRETRAINED and not (spec or "").startswith(f"{networks.PRETRAINED}:"):
+            raise ValueError(
+                f"--init torchvision takes the library's weights of its own network, and this one is {self.model.words}"
+                ": give --model torchvision:NAME, or --init a file or a run"
+            )
+        return self
 
     @property
     def cpu_link_rate(self) -> float | None:
@@ -262,17 +339,26 @@ _OPERATIONAL = {
 }
 OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())
 # What a fork cannot change, beside the network: it decides other settings when a run is begun.
-ONLY_AT_THE_BEGINNING = frozenset({"recipe", "memory.auto_batch"})
+ONLY_AT_THE_BEGINNING = frozenset({"recipe", "memory.auto_batch", "train.init", "train.init_sha256"})
 # Of the network, what a fork can change where its tensors stay: the weights go on in the code that is named.
 OWN_NETWORK = ("model.spec", "model.args", "model.sha256")
 
 
 # Settings that came later, with what runs had before: what a run recorded without them was computed so.
 BEFORE: Mapping[str, object] = {
+    "optim.kind": "sgd",
+    "optim.betas": [0.9, 0.999],
+    "optim.eps": 1e-8,
+    "optim.decay_norms": True,
+    "optim.clip_norm": None,
+    "optim.ema": None,
     "model.spec": None,
     "model.args": {},
     "model.sha256": {},
     "train.sync_bn": False,
+    "train.init": None,
+    "train.init_sha256": None,
+    "train.freeze": [],
     "train.deterministic": True,
     "train.tf32": "auto",
     "train.batch_norm": "auto",
@@ -285,6 +371,13 @@ BEFORE: Mapping[str, object] = {
     "memory.link": "auto",
     "data.val_folder": False,
     "data.skip_damaged": False,
+    "data.cutout": None,
+    "data.random_erasing": 0.0,
+    "data.mixup": 0.0,
+    "schedule.kind": "steps",
+    "schedule.warmup_epochs": None,
+    "schedule.final_share": 0.0,
+    "train.label_smoothing": 0.0,
 }
 
 

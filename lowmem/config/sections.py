@@ -1,5 +1,5 @@
-"""What the sections of the settings share, and those that say what a run must fit into and when it is saved. The others
-are in `lowmem.config.schema`."""
+"""What the sections of the settings share, and those that say the learning rate of every step, what a run must fit into
+and when it is saved. The others are in `lowmem.config.schema`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,62 @@ TensorMemory = Annotated[PositiveInt, _parsed_by(partial(parse_memory, least_byt
 
 class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Values of a file: frozen, and nothing that is not known."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate of every step (`lowmem.train.schedule`). The low start (He et al. 2016, section 4.2: the
+    110-layer net begins at lr 0.01 until its training error is under 80 %) is of a step schedule without another
+    warm-up; it ends at the latest at the first milestone, and is decided at the end of an epoch, from that epoch's
+    training error."""
+
+    kind: Literal["steps", "cosine", "one-cycle"] = Field(
+        "steps",
+        description="steps: lowered at milestones; cosine: after the warm-up down by half a cosine; one-cycle: up from "
+        "1/25 of optim.lr and down, by half a cosine each, as torch's OneCycleLR with constant momentum",
+    )
+    milestones: tuple[PositiveFloat, ...] = Field(
+        (81, 122), description="steps: epochs, of a run of reference_epochs, after which the learning rate is lowered"
+    )
+    gamma: float = Field(0.1, gt=0, lt=1, description="steps: what the learning rate is multiplied by at a milestone")
+    reference_epochs: PositiveInt = Field(
+        164, description="steps: length of the run that the milestones are for; one of another length scales them"
+    )
+    warmup_epochs: float | None = Field(
+        None,
+        ge=0,
+        description="epochs, of any run, in which the rate rises to optim.lr, in equal parts from step to step "
+        "(one-cycle: by its cosine); default: none, of one-cycle 0.3 of the run",
+    )
+    final_share: float = Field(
+        0.0, ge=0, le=1, description="cosine, one-cycle: the learning rate of the last step, as a share of optim.lr"
+    )
+    low_start: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="steps without warmup_epochs: begin with low_start_lr until the net learns; auto: from 110 layers "
+        "on, and never under the other kinds",
+    )
+    low_start_lr: PositiveFloat = Field(0.01, description="learning rate of the low start")
+    low_start_until_error_pct: float = Field(
+        80.0, gt=0, lt=100, description="the low start ends when the training error is under this, in per cent"
+    )
+
+    @model_validator(mode="after")
+    def _rising(self) -> ScheduleConfig:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones {list(self.milestones)} do not rise: write them in rising order, each once")
+        return self
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> ScheduleConfig:
+        if self.kind == "steps" and self.final_share:
+            raise ValueError(
+                f"final_share {self.final_share:g} is for cosine and one-cycle, the kind is steps: set schedule.kind, "
+                "or milestones and gamma in its place"
+            )
+        if self.low_start == "always" and (self.kind != "steps" or self.warmup_epochs):
+            other = "warmup_epochs" if self.kind == "steps" else f"the kind {self.kind}"
+            raise ValueError(f"low_start always and {other} are two warm-ups: set low_start to auto or never")
+        return self
 
 
 class MemoryConfig(Section):

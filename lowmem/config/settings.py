@@ -140,7 +140,8 @@ def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
             message = f"it takes {catalogue()[key].kind}"
         shown = f" = {shorten(repr(flat[key]))}" if key in flat else ""
         where = f" (from {sources[key]})" if key in sources else ""
-        raise UsageError(f"{shorten(key)}{shown}{where}: {shorten(message[0].lower() + message[1:], 500)}") from None
+        head = f"{shorten(key)}{shown}{where}: " if key else ""  # else it is of several settings, and names them
+        raise UsageError(f"{head}{shorten(message[0].lower() + message[1:], 500)}") from None
 
 
 def parse_set(text: str) -> tuple[str, object]:

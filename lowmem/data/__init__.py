@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem.config.paths import folder_of
 from lowmem.config.schema import DataConfig
+from lowmem.config.sources import SOURCES
 from lowmem.core.counter_rng import derive_seed, permutation
 from lowmem.core.errors import UsageError
 from lowmem.core.units import counted, format_size, name_some
@@ -40,11 +42,13 @@ __all__ = [
     "Dataset",
     "Found",
     "Pictures",
+    "TestSet",
     "TrainBatches",
     "eval_batches",
     "find_pictures",
     "held_bytes",
     "load",
+    "load_test",
 ]
 _CLASSES_NAMED = 10
 
@@ -71,7 +75,41 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
         notes=(f"{source.name}: {_describe_classes(source)}", *source.notes, *_describe_size(train)),
         warnings=(*source.warnings, *_emptied(source, chosen)),
         skipped=source.skipped,
+        test_files=_files_of(source, chosen["test"]),
     )
+
+
+def _files_of(source: Source, chosen: Chosen) -> tuple[str, ...]:
+    names = source.files.get("train" if chosen.source is source.train else "test")
+    return () if names is None else tuple(names[index] for index in chosen.indices)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Pictures to evaluate on. `classes`: their names, in the order of the labels; `files`: their paths, where they are
+    files; `warnings`: sentences for the user."""
+
+    __test__ = False  # for pytest, a class by such a name is one of tests
+
+    name: str
+    classes: tuple[str, ...]
+    pictures: AnyPictures
+    files: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def load_test(config: DataConfig, *, progress: Progress | None = None) -> TestSet:
+    """What a network that was trained on other pictures can be evaluated on: the test pictures of the source that
+    `config` names, all of them; of a folder whose folders are the classes all that is there. Raises DataError."""
+    if config.source not in SOURCES:
+        parts = {part for part in ("train", "test") if (folder_of(config.source) / part).is_dir()}
+        if "train" not in parts:  # the folders are the classes, which is refused unless they are to be split
+            classes = config.source + "/test" * len(parts)
+            config = config.model_copy(update={"source": classes, "test_split": 1})
+    source = _read(config, progress=progress)
+    part = "train" if source.test is None else "test"
+    pictures = _sized(getattr(source, part).take(None), config)
+    return TestSet(source.name, source.classes, pictures, source.files.get(part, ()), source.warnings)
 
 
 def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowmem.core import counter_rng as addressed
 from lowmem.data.cutting import Cutter, middles
 from lowmem.data.enlarging import Enlarger
+from lowmem.data.mixing import cutout_boxes, erase_, erased_boxes, mixup_share, partners
 from lowmem.data.pictures import CHANNELS, MOST_HELD_BYTES, AnyPictures, MappedPictures, Triple
 
 Part = tuple[int, int]  # of a batch, its pictures [first, past)
@@ -69,6 +70,7 @@ class TrainBatches:
 
     Pictures in memory move to `device` as uint8 and stay there, unless they are too many (no copy on the CPU). `batch`:
     pictures in a step; the last step of an epoch has the rest. `augment`: random crop and random horizontal flip.
+    `cutout`, `random_erasing`, `mixup`: see `DataConfig` and `lowmem.data.mixing`.
     """
 
     def __init__(
@@ -81,6 +83,9 @@ class TrainBatches:
         mean: Triple,
         std: Triple,
         device: torch.device | str,
+        cutout: int | None = None,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
     ) -> None:
         if batch < 1 or len(pictures) == 0:
             raise ValueError(f"batch {batch} of {len(pictures)} pictures: both must be at least 1")
@@ -91,6 +96,9 @@ class TrainBatches:
         self._normalize = Normalizer(mean, std, self._device)
         self._planned_epoch: int | None = None
         self._plan = torch.empty(0)
+        self._size, self._cutout, self._erasing, self._mixup = pictures.image_size, cutout, random_erasing, mixup
+        self._boxes: tuple[Tensor, ...] = ()  # of the planned epoch, on the device: what is erased
+        self._partners = torch.empty(0)
         self._enlarge = Enlarger(pictures.side, pictures.image_size, self._device)
         self._side = pictures.side
         self._cutter: Cutter | None = None
@@ -118,9 +126,31 @@ class TrainBatches:
         self, epoch: int, step: int, *, memory_format: torch.memory_format = _CONTIGUOUS, part: Part | None = None
     ) -> tuple[Tensor, Tensor]:
         """Step `step` (from 0) of epoch `epoch`: float32 [B, 3, N, N] normalised, int64 [B], on the device. Raises
-        IndexError. `part`: only that of it, with the bits that it has in the whole batch."""
-        images, labels = self.raw_batch(epoch, step, part=part)
-        return self._normalize(images, memory_format), labels
+        IndexError. `part`: only that of it, with the bits that it has in the whole batch. With mixup the labels are
+        int64 [B, 2]: of the picture and of what it is mixed with; `share` tells how much of it is the picture's."""
+        first, past = part or (0, self.size(step))
+        start, past = step * self.batch_size, min(past, self.size(step))
+        if not self._mixup:
+            images, labels = self.raw_batch(epoch, step, part=part)
+            return self._finished(images, slice(start + first, start + past), memory_format), labels
+        images, labels = self.raw_batch(epoch, step)  # of all: the partners may be anywhere among them
+        others = self._partners[start + first : start + past]
+        mixed = self._finished(images[first:past], slice(start + first, start + past), memory_format)
+        added = self._finished(images.index_select(0, others), start + others, memory_format)
+        share = self.share(epoch, step)
+        labels = torch.stack([labels[first:past], labels.index_select(0, others)], 1)
+        return mixed.mul_(share).add_(added.mul_(1 - share)), labels
+
+    def share(self, epoch: int, step: int) -> float:
+        """Of the first of two labels, and of a picture in what it is mixed to; 1 without mixup."""
+        return mixup_share(self._seed, epoch, step, self._mixup) if self._mixup else 1.0
+
+    def _finished(self, images: Tensor, places: slice | Tensor, memory_format: torch.memory_format) -> Tensor:
+        """Normalised, and without what is erased. `places`: of the pictures in the epoch's order."""
+        out = self._normalize(images, memory_format)
+        for boxes in self._boxes:
+            erase_(out, boxes[:, places])
+        return out
 
     def raw_batch(self, epoch: int, step: int, *, part: Part | None = None) -> tuple[Tensor, Tensor]:
         """As `batch`, cropped and flipped but not normalised: uint8 [B, 3, N, N], int64 [B]."""
@@ -148,6 +178,15 @@ class TrainBatches:
             if self._cutter is not None:
                 draws = np.concatenate([self._cutter.boxes(epoch, order), draws[2:]])
             self._plan = torch.from_numpy(np.stack([order, *draws])).to(self._place)
+            found = []
+            if self._cutout is not None:
+                found.append(cutout_boxes(self._seed, epoch, order, self._size, self._cutout))
+            if self._erasing:
+                found.append(erased_boxes(self._seed, epoch, order, self._size, self._erasing))
+            self._boxes = tuple(torch.from_numpy(boxes).to(self._device) for boxes in found)
+            if self._mixup:
+                each = [partners(self._seed, epoch, at, self.size(at)) for at in range(self.steps_per_epoch)]
+                self._partners = torch.from_numpy(np.concatenate(each)).to(self._device)
             self._planned_epoch = epoch
         return self._plan
 

@@ -30,17 +30,37 @@ _resize, _mirror = torch.ops.aten._upsample_bilinear2d_aa.out, torch.ops.aten.fl
 
 def crop_boxes(seed: int, epoch: int, samples: NDArray[np.integer], side: int) -> NDArray[np.int64]:
     """Crops of square pictures, of (seed, epoch, index) alone: top, left, height, width, int64 [4, K]."""
+    boxes = random_boxes(seed, epoch, samples, side, purpose="crop", areas=SCALE, aspects=ASPECT, most=side)
+    boxes[2:, boxes[2] == 0] = side
+    return boxes
+
+
+def random_boxes(
+    seed: int,
+    epoch: int,
+    samples: NDArray[np.integer],
+    side: int,
+    *,
+    purpose: str,
+    areas: tuple[float, float],
+    aspects: tuple[float, float],
+    most: int,
+) -> NDArray[np.int64]:
+    """Rectangles in square pictures, of (seed, purpose, epoch, index) alone: top, left, height, width, int64 [4, K].
+    `areas`: as shares of the picture's, uniform between them; `aspects`: uniform in their logarithm; `most`: pixels of
+    a side. All zeros where every attempt was out of bounds."""
     boxes = np.zeros((4, len(samples)), np.int64)
-    boxes[2:] = side  # what is left when all attempts are out of bounds
     left = np.arange(len(samples))
     for attempt in range(ATTEMPTS):
-        of_area, of_aspect = _halves(seed, epoch, attempt, "size", samples[left])
-        area = side * side * (SCALE[0] + of_area / 2**32 * (SCALE[1] - SCALE[0]))
-        low, high = map(math.log, ASPECT)
+        of_area, of_aspect = _halves(seed, epoch, attempt, (purpose, "size"), samples[left])
+        area = side * side * (areas[0] + of_area / 2**32 * (areas[1] - areas[0]))
+        low, high = map(math.log, aspects)
         aspect = np.exp(low + of_aspect / 2**32 * (high - low))
         width, height = (np.rint(np.sqrt(one)).astype(np.int64) for one in (area * aspect, area / aspect))
-        inside = (width > 0) & (width <= side) & (height > 0) & (height <= side)
-        down, across = (one.astype(np.int64) for one in _halves(seed, epoch, attempt, "place", samples[left]))
+        inside = (width > 0) & (width <= most) & (height > 0) & (height <= most)
+        down, across = (
+            one.astype(np.int64) for one in _halves(seed, epoch, attempt, (purpose, "place"), samples[left])
+        )
         sizes = np.stack([height, width])
         corners = np.stack([down, across]) * (side - sizes + 1) >> 32
         boxes[:, left[inside]] = np.concatenate([corners, sizes])[:, inside]
@@ -51,10 +71,10 @@ def crop_boxes(seed: int, epoch: int, samples: NDArray[np.integer], side: int) -
 
 
 def _halves(
-    seed: int, epoch: int, attempt: int, what: str, samples: NDArray[np.integer]
+    seed: int, epoch: int, attempt: int, what: tuple[str, str], samples: NDArray[np.integer]
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Two uniform integers below 2**32 for each."""
-    words = addressed.draw_uint64(addressed.derive_seed(seed, "crop", what, epoch, attempt), samples)
+    words = addressed.draw_uint64(addressed.derive_seed(seed, *what, epoch, attempt), samples)
     return words >> _HALF, words & np.uint64(0xFFFFFFFF)
 
 
@@ -122,9 +142,13 @@ def middles(pictures: MappedPictures, indices: Sequence[int]) -> Tensor:
     return images
 
 
+def middle_of(side: int, size: int) -> slice:
+    """Of `side` rows or columns the middle ones."""
+    return slice(border := (side - size) // 2, border + size)
+
+
 def _copy_middles(images: Tensor, pictures: MappedPictures, indices: Sequence[int]) -> None:
-    size = pictures.image_size
-    middle = slice(border := (pictures.side - size) // 2, border + size)
+    middle = middle_of(pictures.side, pictures.image_size)
     for place, index in enumerate(indices):
         images[place] = pictures[index][middle, middle].permute(2, 0, 1)
 

@@ -21,8 +21,9 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +57,9 @@ def decode(path: str, fit: str, side: int) -> NDArray[np.uint8]:
     OSError where the machine fails."""
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise DataError(f"more than 8 bits a channel, {picture.mode}: convert it to 8 bits")
             if side >= MAPPED_FROM:
                 picture.draft(None, (2 * side, 2 * side))  # never below that
-            return np.asarray(_cropped(picture, side) if fit == "crop" else _stretched(picture, side))
+            return squared(picture, fit, side)
     except UnidentifiedImageError:
         raise DataError("no picture, or of a kind that cannot be read here") from None
     except _DAMAGE as error:
@@ -69,6 +68,13 @@ def decode(path: str, fit: str, side: int) -> NDArray[np.uint8]:
                 raise OSError(error.errno, error.strerror, path) from error
             raise DataError(f"cannot be read: {error.strerror}") from error
         raise DataError(f"damaged: {shorten(error, 120) or type(error).__name__}") from error
+
+
+def squared(picture: Image.Image, fit: str, side: int) -> NDArray[np.uint8]:
+    """As `decode`, of a picture that is open. Raises DataError for one of more than 8 bits, and what Pillow raises."""
+    if picture.mode.startswith(("I", "F")):
+        raise DataError(f"more than 8 bits a channel, {picture.mode}: convert it to 8 bits")
+    return np.asarray(_cropped(picture, side) if fit == "crop" else _stretched(picture, side))
 
 
 def is_picture(path: str) -> bool:
@@ -145,6 +151,34 @@ def decode_all(
         enough.set()
         pool.shutdown(cancel_futures=True)
     return troubles, done
+
+
+def decode_ahead(
+    files: Iterable[tuple[str, str]], fit: str, side: int, ahead: int
+) -> Iterator[tuple[str, NDArray[np.uint8] | str]]:
+    """In threads, in order, each with its path: the picture, or what is wrong with it. `files`: paths, and why they
+    cannot be read at all, if so. At most `ahead` are decoded that are not taken yet, and `files` is not read further.
+    """
+
+    def one(path: str, trouble: str) -> NDArray[np.uint8] | str:
+        try:
+            return trouble or _decode_or_say(path, fit, side)
+        except OSError as error:
+            return str(error.strerror or error)
+
+    pool = ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1))
+    begun: deque[tuple[str, Future[NDArray[np.uint8] | str]]] = deque()
+    try:
+        for path, trouble in files:
+            begun.append((path, pool.submit(one, path, trouble)))
+            if len(begun) > ahead:
+                path, future = begun.popleft()
+                yield path, future.result()
+        while begun:
+            path, future = begun.popleft()
+            yield path, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _decode_or_say(path: str, fit: str, side: int) -> NDArray[np.uint8] | str:

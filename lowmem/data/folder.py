@@ -78,9 +78,11 @@ def read(config: DataConfig, *, progress: Progress | None = None, until: float |
 def _assemble(root: Path, tree: Tree, store: Store, without: set[int], image_size: int) -> Source:
     """Raises DataError where a class has no picture (left) in a part that needs some of each."""
     parts: dict[str, AnyPictures] = {}
+    names: dict[str, tuple[str, ...]] = {}
     first = 0
     for part, files in tree.parts.items():
         rows = [number for number in range(first, first + len(files)) if number not in without]
+        names[part] = tuple(shown(files[number - first].path) for number in rows)
         labels = torch.tensor([files[number - first].label for number in rows], dtype=torch.int64)
         counts = torch.bincount(labels, minlength=len(tree.classes))
         if part != "val" and not counts.all():
@@ -99,7 +101,7 @@ def _assemble(root: Path, tree: Tree, store: Store, without: set[int], image_siz
         notes.append(f"passed over in {shown(root)}, as no pictures of a class: {name_some(tree.strays, 5)}")
     name = f"folder:{shown(root.name)}"
     val = parts.get("val")
-    return Source(name, tree.classes, parts["train"], parts.get("test"), val, tuple(notes))
+    return Source(name, tree.classes, parts["train"], parts.get("test"), val, tuple(notes), files=names)
 
 
 Store = KeptPictures | MappedStore

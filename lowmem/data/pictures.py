@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -170,7 +170,8 @@ Selectable = AnyPictures | DrawnWhenTaken
 class Source:
     """What a source delivers before parts and subsets are drawn. `test`: None where training pictures are to be split
     off for it; `val`: held back by the source itself. `notes`, `warnings`: sentences for the user; `skipped`: files
-    that were to be pictures and are left out, each with the reason; `unchecked`: pictures that nobody looked at."""
+    that were to be pictures and are left out, each with the reason; `unchecked`: pictures that nobody looked at;
+    `files`: where the pictures of a part are files, by its name their paths in the order of the pictures."""
 
     name: str
     classes: tuple[str, ...]
@@ -181,12 +182,14 @@ class Source:
     warnings: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     unchecked: int = 0
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Ready to train on. `classes`: their names, in the order of the labels; `mean`, `std`: of the training pictures,
-    see `statistics`; `fingerprint`: of all parts. The rest as in `Source`."""
+    see `statistics`; `fingerprint`: of all parts; `test_files`: paths of the test pictures, where they are files. The
+    rest as in `Source`."""
 
     name: str
     classes: tuple[str, ...]
@@ -199,6 +202,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    test_files: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """What whoever uses a network that is trained on it must know, as JSON values; `classes` in the order of its

@@ -9,7 +9,7 @@ import hashlib
 import os
 import stat
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -155,8 +155,7 @@ def _files(root: Path, folder: Path, label: int, strays: list[str]) -> list[Pict
             raise DataError(f"{shown(entry.path)} is a folder inside a class: move its pictures up or take it out")
         else:
             file = _file(entry.path, name, label)
-            is_text = os.path.splitext(name)[1].lower() in _TEXT and (file.trouble or not is_picture(file.path))
-            strays.append(name) if is_text else found.append(file)
+            strays.append(name) if _is_text(file) else found.append(file)
     return found
 
 
@@ -173,6 +172,31 @@ def _file(path: str, name: str, label: int) -> PictureFile:
     state = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}\0"
     key = hashlib.blake2b(state.encode() + os.fsencode(name), digest_size=KEY_BYTES).digest()
     return PictureFile(path, label, key, "" if status.st_size else "empty")
+
+
+def picture_files(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Of each of `paths` the file, whatever its name, or of a folder all files in it and below, by name. There hidden
+    ones, text that is no picture and links to folders are passed over. With each, why it cannot be read at all, "" if
+    it can."""
+    for path in paths:
+        if not os.path.isdir(path):
+            yield path, _file(path, path, 0).trouble
+            continue
+        refused: list[OSError] = []
+        for folder, folders, names in os.walk(path, onerror=refused.append):
+            folders[:] = sorted(name for name in folders if not _is_litter(name))
+            for name in sorted(name for name in names if not _is_litter(name)):
+                file = _file(os.path.join(folder, name), name, 0)
+                if not _is_text(file):
+                    yield file.path, file.trouble
+        for error in refused:
+            yield str(error.filename), str(error.strerror or error)
+
+
+def _is_text(file: PictureFile) -> bool:
+    """By its name, and it is no picture all the same."""
+    suffix = os.path.splitext(file.path)[1].lower()
+    return suffix in _TEXT and (bool(file.trouble) or not is_picture(file.path))
 
 
 @contextmanager

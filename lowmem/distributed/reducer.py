@@ -122,7 +122,7 @@ class Reducer:
         """After a step that failed here and was undone: sends zeros for the rest, one at a time, and waits."""
         for wait in self._waits:
             wait()
-        like = self._stages[0][0]
+        like = next(one for stage in self._stages for one in stage)
         owed = [(message.size_bytes // like.element_size(), like.dtype) for message in self.messages]
         if self._buffers:
             owed.append((sum(buffer.numel() for buffer in self._buffers), self._buffers[0].dtype))

@@ -130,7 +130,7 @@ def precision(facts: Facts) -> Finding | None:
             return Finding("precision", Status.WARNING, words, "--precision fp32")
         return Finding("precision", Status.NOTE, words)
     if facts.capability[0] < 8:
-        return Finding("precision", Status.OK, "fp16 on tensor cores; bf16 would be emulated and is not used")
+        return Finding("precision", Status.OK, "fp16 on tensor cores; bf16 would be emulated and is refused")
     return Finding("precision", Status.OK, "fp16 and bf16 on tensor cores")
 
 

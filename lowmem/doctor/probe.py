@@ -66,10 +66,11 @@ def network(settings: Settings) -> dict[str, Any]:
     from lowmem.runs.store import run_bytes
 
     config = settings.config
-    net = make_network(config.model)
+    net = make_network(config.model, freeze=config.train.freeze)
     parameter_bytes = sum(tensor.nbytes for tensor in net.parameters())
-    # Parameters and buffers, and momentum, which is as large as the parameters.
-    saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + parameter_bytes
+    # Parameters and buffers, and what the optimizer keeps of those that are trained.
+    trained_bytes = sum(tensor.nbytes for tensor in net.parameters() if tensor.requires_grad)
+    saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + config.optim.copies * trained_bytes
     return {"disk_needed_bytes": run_bytes(config, checkpoint_bytes=saved_bytes, parameter_bytes=parameter_bytes)}
 
 

@@ -16,10 +16,12 @@ from lowmem.calibrate.device import describe, elsewhere
 from lowmem.choose.decide import Decision, RecordedRun
 from lowmem.choose.execution import resolve_execution, wants_plan, why_on_cpu
 from lowmem.choose.explain import accumulated, inexact
+from lowmem.config.networks import PRETRAINED
 from lowmem.config.paths import absolute_paths, started_in, where_else
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, from_yaml, refuse_changes, to_yaml
-from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, UsageError
+from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, PreflightError, UsageError
+from lowmem.core.reading import shorten
 from lowmem.core.units import counted, format_duration
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
@@ -34,10 +36,11 @@ from lowmem.lifecycle.run_identity import (
     refuse_edited,
 )
 from lowmem.models import hashes_of
+from lowmem.models.weights import InitialWeights, Placed, place, pretrained_file, read_initial
 from lowmem.plan.record import Plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.folder import refuse_existing, refuse_unbegun
+from lowmem.runs.folder import refuse_existing, refuse_unbegun, require_run
 from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.loop import Trainer
@@ -56,6 +59,8 @@ class New:
         self.source = "given"  # where these come from, for errors
         self._wanted = wanted
         self._resumable = False  # from then on nothing is taken back
+        self._initial: InitialWeights | None = None  # in the process that reads them
+        self._begins_with = ""  # the weights that are not new, in words
 
     def after_restart(self, group: Group, observer: Observer) -> New | Resume:
         """What this is: torchrun starts the processes of a run that failed again with the command that began it."""
@@ -71,7 +76,12 @@ class New:
         group.lead(lambda: refuse_existing(self.path), None)
         if (why := why_on_cpu(self._wanted)) is not None:
             observer.warning(f"this trains {why}")
-        return self._wanted, None
+        if (source := self._wanted.config.train.init) is None:
+            return self._wanted, None
+        self._initial = group.lead(lambda: _initial_weights(self._wanted.config, observer), None)
+        found = group.share(self._initial and [self._initial.sha256, self._initial.file.name])
+        self._begins_with = f"{source} ({found[1]}, SHA-256 {found[0][:12]})"
+        return self._wanted.replace({"train.init_sha256": found[0]}, "the weights as they were"), None
 
     def where_data_is_given(self, config: Config) -> str:
         """To be said of pictures that are missing, or not the run's."""
@@ -96,6 +106,7 @@ class New:
     def commit(self, decision: Decision, trainer: Trainer, folder: RunFolder) -> bool:
         """Tries everything, then writes plans and first checkpoint: now the run can be resumed, however early it is
         killed. False after a dry run. Raises PreflightError, OutOfMemory, DiskError."""
+        placed = self._place_initial(trainer) if self._begins_with else None
         epoch_seconds, fitted = preflight(trainer, folder), None
         if trainer.config.train.hours is not None and trainer.state.step == 0:  # of a fork it is the limit alone
             fitted = fit_into_hours(trainer, decision.settings, folder, epoch_seconds)
@@ -108,6 +119,9 @@ class New:
         trainer.group.lead(lambda: self._write_first(trainer, folder), None)
         self._resumable = True
         folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **self._environment)
+        if placed is not None:
+            new, train = [*placed.reshaped, *placed.missing], trainer.config.train
+            folder.event("initial weights", of=train.init, sha256=train.init_sha256, loaded=len(placed.loaded), new=new)
         if fitted is not None:
             folder.event("hours", **fitted)
         if left_out := trainer.dataset.skipped:
@@ -121,6 +135,16 @@ class New:
             said = accumulated("micro-batches were asked for", batch, micro)
             trainer.observer.recorded_warning(folder, said)
         return True
+
+    def _place_initial(self, trainer: Trainer) -> Placed:
+        """Puts rank 0's weights into the network of every process, and says what became of them. Raises
+        PreflightError."""
+        group, mine, self._initial = trainer.group, self._initial, None
+        tensors = group.share_tensors(None if mine is None else mine.tensors)
+        placed = group.together(lambda: place(tensors, trainer.model, self._begins_with))
+        for line in (f"initial weights: {self._begins_with}", *placed.lines()):
+            trainer.observer.note(line)
+        return placed
 
     def _write_first(self, trainer: Trainer, folder: RunFolder) -> None:
         folder.flush()
@@ -267,6 +291,26 @@ def with_hashes(settings: Settings) -> Settings:
     return settings.replace({"model.sha256": found}, "its files as they were")
 
 
+def _initial_weights(config: Config, observer: Observer) -> InitialWeights:
+    """Those that `train.init` names. Raises PreflightError, also for others than were recorded, UsageError for a folder
+    that is no run's."""
+    source, recorded, spec = str(config.train.init), config.train.init_sha256, str(config.model.spec)
+    observer.phase("reading the weights to begin with")
+    file = pretrained_file(spec, observer.phase) if source == PRETRAINED else Path(source)
+    if file.is_dir():
+        require_run(file)
+        file = file / "weights" / "best.safetensors"
+        if not file.is_file():
+            raise PreflightError(f"{source} has no best weights yet ({file}): train it for an epoch, or name a file")
+    found = read_initial(file)
+    if recorded not in (None, found.sha256):
+        raise PreflightError(
+            f"{file} is not what was recorded (SHA-256 {found.sha256[:12]}, and train.init_sha256 is "
+            f"{shorten(recorded, 12)}): put it back, or leave that setting out"
+        )
+    return found
+
+
 def share_settings(group: Group, read: Callable[[], Settings]) -> Settings:
     """What `read` gives in rank 0, in every process."""
     mine = group.lead(read, None)
@@ -299,9 +343,10 @@ def warn_of_names(saved: Checkpoint, identity: Mapping[str, str], run: Path, obs
 def _headline(trainer: Trainer, path: Path) -> str:
     model, train, dataset = trainer.config.model, trainer.config.train, trainer.dataset
     held = f", {len(dataset.val):,} held back" if dataset.val is not None else ""
-    rate = f"learning rate {trainer.config.optim.lr:g}"
+    schedule = trainer.config.schedule
+    rate = f"learning rate {trainer.config.optim.lr:g}" + (f" ({schedule.kind})" if schedule.kind != "steps" else "")
     if trainer.state.low_start:
-        rate += f", at first {trainer.config.schedule.low_start_lr:g} (schedule.low_start)"
+        rate += f", at first {schedule.low_start_lr:g} (schedule.low_start)"
     pictures = f"{counted(len(dataset.train), 'picture')} to train on{held}, {len(dataset.test):,} to test"
     pictures += f", at {dataset.train.image_size}x{dataset.train.image_size}"
     return (

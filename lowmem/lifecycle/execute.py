@@ -109,6 +109,8 @@ def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
     refuse_size(config)
+    if config.train.freeze:
+        make_network(config.model, freeze=config.train.freeze)
     if config.train.tensorboard:
         require_tensorboard()
     if group.size > config.train.batch:
@@ -154,7 +156,7 @@ def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: O
 
     def make() -> Trainer:
         refuse_unsafe(config)
-        model = make_network(config.model, len(dataset.classes), seed=config.seed)
+        model = make_network(config.model, len(dataset.classes), seed=config.seed, freeze=config.train.freeze)
         with _out_of_memory(path):
             return Trainer(config, model, dataset, observer, decision.plan, group, decision.split)
 

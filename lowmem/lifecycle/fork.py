@@ -1,7 +1,8 @@
 """A new run from a checkpoint of an old one, with changed settings; the old run is only read.
 
 The past is not rewritten: rows, weights and momentum up to the checkpoint are the old run's, and a fork that changes
-the number of epochs leaves the schedule's milestones where they were, unless the schedule is asked to change too.
+the number of epochs leaves the schedule's milestones where they were, unless the schedule is asked to change too. A
+smooth schedule keeps its warm-up and falls to the new end: the rate is that of a run which was of the new length.
 At a step in the middle of an epoch the rest of it is trained under the new settings, on the pictures that were still
 to come: so nothing may change which those are.
 """
@@ -37,10 +38,11 @@ from lowmem.runs.view import RunView
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.replica import exact_settings, identity_of
-from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low
+from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low, warmup_epochs
 
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
 _SCHEDULE = ("schedule.milestones", "schedule.reference_epochs")
+_WARMUP = "schedule.warmup_epochs"
 # What decides which picture comes when.
 _READ = (
     "data.train_subset", "data.val_split", "data.val_folder", "data.test_split", "data.skip_damaged", "data.fit",
@@ -98,12 +100,15 @@ def find(run: Path, config: Config, at: int | str, into: Config | None = None) -
 
 
 def changed(recorded: Settings, values: Mapping[str, object], why: str) -> Settings:
-    """The settings of the fork. With another number of epochs the milestones stay at the epochs where they were,
-    unless the schedule's own are among `values`. Raises UsageError."""
+    """The settings of the fork. With another number of epochs the milestones stay at the epochs where they were, and
+    so does the end of a warm-up, unless the schedule's own are among `values`. Raises UsageError."""
     epochs, old = values.get("train.epochs"), recorded.config
     asked = any(key in values for key in _SCHEDULE)
     if type(epochs) is int and epochs > 0 and epochs != old.train.epochs and not asked:
-        where = dict(zip(_SCHEDULE, (scaled_milestones(old), epochs), strict=True))
+        where: dict[str, object] = dict(zip(_SCHEDULE, (scaled_milestones(old), epochs), strict=True))
+        # The share of the run that is one-cycle's, in epochs.
+        if 0 < warmup_epochs(old) < epochs and not {_WARMUP, "schedule.kind"} & set(values):
+            where[_WARMUP] = warmup_epochs(old)
         recorded = recorded.replace(where, f"{why}, as it was")
     if old.train.hours is not None and "train.hours" not in values:  # it is nearly over
         recorded = recorded.replace({"train.hours": None}, f"{why}, whose time it was")
@@ -130,8 +135,8 @@ def check(old: Config, new: Config, *, named: bool = False) -> Changes:
             )
         if key in ONLY_AT_THE_BEGINNING:
             raise UsageError(
-                f"{key} decides other settings when a run is begun, and cannot be changed in a fork: set those with "
-                "--set, or start a new run with `lowmem train`"
+                f"{key} decides how a run is begun, and cannot be changed in a fork, which goes on from a checkpoint: "
+                "start a new run with `lowmem train`"
             )
     if not changes:
         raise UsageError(
@@ -259,12 +264,19 @@ class Fork(New):
         lines = [f"a fork of {run} from {place} ({at.path.name}); {run} stays as it is"]
         milestones = scaled_milestones(old)
         stays = "train.epochs" in self._changes and milestones == scaled_milestones(new)
+        smooth = new.schedule.kind != "steps"
+        as_it_was = _SCHEDULE if warmup_epochs(old) != warmup_epochs(new) else (*_SCHEDULE, _WARMUP)
         for key, (before, after) in self._changes.items():
             if key == "model.sha256":
                 lines.append(_describe_files(before, after))
-            elif not (stays and key in _SCHEDULE):
+            elif not (stays and key in as_it_was):
                 lines.append(f"{key}: {before!r} -> {after!r}")
-        if stays:
+        if stays and smooth and old.schedule.kind == new.schedule.kind:
+            lines.append(
+                f"the {new.schedule.kind} schedule now ends with epoch {new.train.epochs}: from here on the rate is "
+                "what a run of that length has there"
+            )
+        elif stays and not smooth:
             listed = " and ".join(f"{milestone:.5g}" for milestone in milestones)
             epochs = f"epoch {listed}" if milestones else "none"
             lines.append(
@@ -277,6 +289,11 @@ class Fork(New):
                 f"epoch {at.epoch + 1} goes on after {at.step_in_epoch} of its {self._steps} steps with the pictures "
                 "that were still to come; its row will be of both settings"
             )
+        if "optim.kind" in self._changes:
+            lines.append(f"{new.optim.kind} begins with a state of its own, what {old.optim.kind} kept is left behind")
+        if "optim.ema" in self._changes and None in self._changes["optim.ema"]:
+            mean = "is left behind" if new.optim.ema is None else "begins with the weights of the fork"
+            lines.append(f"the running mean of the weights {mean}")
         lines += ["best weights are chosen anew, from here on", *side_by_side(*self._rates)]
         if (scale := self._was.lr_scale) != 1.0:
             stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
@@ -310,6 +327,7 @@ class Fork(New):
         # Where they are counted in other steps, the old ones would stand among the new.
         folder.copy_rows(self._run, epoch=at.epoch, step=at.step if carried.step == at.step else None)
         self._draw(folder.path)
+        carried = replace(carried, optimizer=trainer.checkpoint().optimizer)  # which may be another kind's
         checkpoints.save(folder.checkpoints, carried, keep=trainer.config.checkpoint.keep)
         (folder.path / FORKING).unlink()
         folder.event("fork", source=self._run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)

@@ -28,8 +28,8 @@ def measure_step(trainer: Trainer, hours: float) -> float:
     try:
         began, steps = time.perf_counter(), 0
         while steps < _LEAST_STEPS or group.most([int(time.perf_counter() - began < most)])[0]:
-            images, labels, size = trainer.next_batch(0, steps % whole)
-            trainer.step(images, labels, trainer.lr(0), None, size).tolist()  # waits for the device
+            images, labels, size, share = trainer.next_batch(0, steps % whole)
+            trainer.step(images, labels, trainer.lr(0), None, size, share).tolist()  # waits for the device
             steps += 1
         return (time.perf_counter() - began) / steps
     finally:

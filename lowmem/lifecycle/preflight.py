@@ -35,6 +35,7 @@ from lowmem.step.undo import Before, Undo
 from lowmem.train.loop import Trainer
 from lowmem.train.metrics import GradientNorms, describe_weights, disk_bytes
 from lowmem.train.oom_fallback import OomFallback, memory_words
+from lowmem.train.replica import weights_of
 
 _QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better measurement
 OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
@@ -119,11 +120,12 @@ def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
     _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
     at = {"epoch": 1, "step": 2, "error_pct": 12.5, "error_on": "test", "chosen_on": "test"}
     info = describe_weights(trainer.config, trainer.dataset, **at)
-    run.save_weights("best", written.model, info)
+    exported = weights_of(written)
+    run.save_weights("best", exported, info)
     weights = run.path / "weights" / "best.safetensors"
     _same(RunView(run.path).best == info, weights)
     try:
-        _same(tensor_bits(load(weights.read_bytes())) == tensor_bits(written.model), weights)
+        _same(tensor_bits(load(weights.read_bytes())) == tensor_bits(exported), weights)
     except SafetensorError:
         _same(False, weights)
     return sum(file.stat().st_size for file in path.iterdir())
@@ -227,8 +229,8 @@ def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> Score | Failure
     def work() -> tuple[Tensor, int]:
         # A checkpoint may be of the end of an epoch whose evaluation was still to come.
         at = min(state.step_in_epoch, trainer.batches.steps_per_epoch - 1)
-        images, labels, size = trainer.next_batch(state.epoch, at)
-        return trainer.step(images, labels, trainer.lr(state.step), norms.measure, size), size
+        images, labels, size, share = trainer.next_batch(state.epoch, at)
+        return trainer.step(images, labels, trainer.lr(state.step), norms.measure, size, share), size
 
     done = undo.attempt(work)
     if isinstance(done, Failure):

@@ -33,7 +33,7 @@ def network(config: Config, classes: int = 10) -> nn.Module:
     """On `meta`. Of recorded settings: raises PreflightError for a file that is not as it was recorded, and does not
     run it."""
     refuse_changed_files(config.model.spec, config.model.sha256)
-    return make_network(config.model, classes)
+    return make_network(config.model, classes, freeze=config.train.freeze)
 
 
 def network_shapes(config: Config) -> dict[str, Shape]:
@@ -59,7 +59,7 @@ def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, .
 
 def most_bytes(config: Config) -> int:
     """An upper bound of any file of tensors that a run of these settings writes, for as many as 100,000 classes."""
-    return 8 * sum(tensor.numel() for tensor in network(config, 100_000).state_dict().values()) + (8 << 20)
+    return 16 * sum(tensor.numel() for tensor in network(config, 100_000).state_dict().values()) + (8 << 20)
 
 
 def classes_of(saved: Checkpoint, config: Config) -> int | None:

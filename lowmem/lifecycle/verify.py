@@ -38,6 +38,7 @@ from lowmem.runs.tables import scan_table
 from lowmem.runs.view import RunView, recorded_settings
 from lowmem.runs.weights import read_weights
 from lowmem.train.metrics import measured_weights
+from lowmem.train.replica import weights_of
 from lowmem.train.watchers import is_finished
 
 FileStatus = Literal["ok", "note", "damaged"]
@@ -213,7 +214,7 @@ class _Verification:
             step = "unknown" if info.step is None else info.step
             same = next((saved for saved in self._good.values() if saved.step == info.step), None)
             if same is not None and tensor_bits(decode(read_limited(path, self._most_bytes))) != tensor_bits(
-                same.model
+                weights_of(same)
             ):
                 raise CorruptCheckpoint(f"is not what the checkpoint of step {step} holds")
         except FileNotFoundError:

@@ -83,6 +83,19 @@ def attempt(work: Callable[[], T], phase: Callable[[], str]) -> T | Failure:
     return failure
 
 
+def halving(work: Callable[[int], T], size: int, phase: str, halved: Callable[[Failure, int], None]) -> T | Failure:
+    """`work(size)`, with half of it whenever it runs out of memory, which `halved` hears with the smaller size; the
+    Failure where not even 1 has room."""
+    result = attempt(lambda: work(size), lambda: phase)
+    if not isinstance(result, Failure):
+        return result
+    release()
+    if size == 1:
+        return result
+    halved(result, size // 2)
+    return halving(work, size // 2, phase, halved)
+
+
 def release() -> None:
     """Gives back what nobody holds any more. To be called outside of an `except`."""
     import torch

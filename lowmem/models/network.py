@@ -18,16 +18,20 @@ from lowmem.config.schema import ModelConfig
 from lowmem.core.counter_rng import derive_seed
 from lowmem.core.errors import LowmemError, PreflightError
 from lowmem.models import resnet
+from lowmem.models.freezing import freeze as freeze_parts
 from lowmem.models.source import construct, file_hashes, first_line, generators_at
 
 Recipe = Mapping[str, Any]
 _TRIED = 2  # pictures, the least that batch norm takes
 
 
-def make_network(model: ModelConfig, num_classes: int = 10, *, seed: int | None = None) -> nn.Module:
-    """In fp32 on the CPU, initialised from the seed; None: on `meta`. Raises UsageError, PreflightError (see
-    `lowmem.models.source`)."""
-    return from_recipe({**model.given, "num_classes": num_classes}, seed=seed)
+def make_network(
+    model: ModelConfig, num_classes: int = 10, *, seed: int | None = None, freeze: Sequence[str] = ()
+) -> nn.Module:
+    """In fp32 on the CPU, initialised from the seed; None: on `meta`. `freeze`: see `lowmem.models.freezing`. Raises
+    UsageError, PreflightError (see `lowmem.models.source`)."""
+    frozen = {"freeze": list(freeze)} if freeze else {}
+    return from_recipe({**model.given, "num_classes": num_classes, **frozen}, seed=seed)
 
 
 def hashes_of(model: ModelConfig) -> dict[str, str]:
@@ -42,15 +46,18 @@ def hashes_of(model: ModelConfig) -> dict[str, str]:
 def from_recipe(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
     """As `make_network`. The same seed gives the same weights in any process: a network that is not of the family runs
     its own initialisation, with torch's, NumPy's and Python's generators begun at the address (seed, "init")."""
-    if "arch" in recipe:
-        made: nn.Module = resnet.skeleton(**recipe) if seed is None else resnet.build(**recipe, seed=seed)
-        return made
-    said: dict[str, Any] = dict(recipe)
-    if seed is None:
+    said: dict[str, Any] = {key: value for key, value in recipe.items() if key != "freeze"}
+    if "arch" in said:
+        model: nn.Module = resnet.skeleton(**said) if seed is None else resnet.build(**said, seed=seed)
+        said = dict(recipe_of(model))
+    elif seed is None:
         model = _on_meta(said)
     else:
         with generators_at(derive_seed(seed, "init")):
             model = construct(**said)
+    if frozen := recipe.get("freeze"):
+        freeze_parts(model, frozen)
+        said["freeze"] = frozen
     model.lowmem_recipe = said  # type: ignore[assignment]
     return model
 

@@ -184,8 +184,8 @@ def unsafe_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 def is_safe(model: nn.Module, device: str, precision: str, memory_format: str) -> bool:
     """Whether the library computes the network so without corrupting memory. A precision that is still open counts as
-    fp32; on the CPU `amp` is bf16."""
-    exposed = device == "cpu" and memory_format == "channels-last" and precision != "amp"
+    fp32; on the CPU `amp` is bf16 too."""
+    exposed = device == "cpu" and memory_format == "channels-last" and precision not in ("amp", "bf16")
     return not (exposed and unsafe_convolutions(model))
 
 

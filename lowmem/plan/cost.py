@@ -105,6 +105,9 @@ class StageCost:
     `last_options`: for the last stage of a segment, whose output is for nobody and is not computed: `kept_bytes` is
     without it. If there are any, solvers use only these and FUSED there; a schedule with another policy is taken to
     cost what `options` say, which is too much.
+
+    `reached`: whether the backward comes to it. It does not come to stages before the first that is trained: these keep
+    nothing, and free their inputs, which are then no part of any `kept_bytes` (but the last one's output is).
     """
 
     name: str
@@ -115,6 +118,7 @@ class StageCost:
     fast_temp_bytes: int  # t0: above input and output
     param_grad_bytes: int = 0  # come to exist at this stage's backward and stay
     last_options: tuple[OptionCost, ...] = ()
+    reached: bool = True
 
     def __post_init__(self) -> None:
         _check_figures(self)
@@ -144,8 +148,8 @@ class StageCost:
 class ChainCost:
     """Stages in forward order, and what is there beside them.
 
-    `fixed_bytes` exist all through the step: parameters, momentum, buffers, the input batch and whatever else the
-    caller holds (with accumulation also the parameter gradients: then every `param_grad_bytes` is 0).
+    `fixed_bytes` exist all through the step: parameters, what the optimizer keeps, buffers, the input batch and what
+    else the caller holds (with accumulation also the parameter gradients: then every `param_grad_bytes` is 0).
     `outside_peak_bytes` is the step's peak outside of forward and backward (the optimizer's), in all. `plain_seconds`:
     of the untouched step under autograd, forward and backward, to which overhead is relative.
     """
@@ -177,6 +181,11 @@ class ChainCost:
 
     def __len__(self) -> int:
         return len(self.stages)
+
+    @property
+    def unreached(self) -> int:
+        """How many stages there are before the first that is trained."""
+        return sum(not stage.reached for stage in self.stages)
 
 
 def _check_figures(cost: Any) -> None:

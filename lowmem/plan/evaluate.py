@@ -41,6 +41,7 @@ class Solution:
     overhead: float | None  # over plain autograd, as a share; None if that was not measured
     waiting_seconds: float = 0.0  # of these, for what comes from the host or leaves for it (`lowmem.plan.hosting`)
     host_bytes: int = 0  # that wait there
+    hidden_share: float | None = None  # of their transfer's seconds: those that nothing waits for; None: nothing moves
 
     @property
     def peak_bytes(self) -> int:

@@ -45,6 +45,10 @@ class LinkRates:
         if not (self.out > 0 and self.back > 0):
             raise ValueError("rates are positive")
 
+    def seconds(self, nbytes: int) -> float:
+        """Out and back."""
+        return nbytes / self.out + nbytes / self.back
+
     def __str__(self) -> str:
         out, back = (f"{rate / 1e9:.3g} GB/s" for rate in (self.out, self.back))
         return f"at {out} each way" if out == back else f"at {out} out and {back} back"
@@ -336,4 +340,5 @@ def fastest(
         overhead=None if plain is None else (line.seconds - plain) / (plain + chain.outside_seconds),
         waiting_seconds=line.waiting_seconds,
         host_bytes=line.host_bytes,
+        hidden_share=max(0.0, 1 - line.waiting_seconds / terms.rates.seconds(line.host_bytes)),
     )

@@ -11,6 +11,7 @@ from lowmem.core.reading import shorten
 from lowmem.plan.policy import Schedule
 
 FORMAT = 1
+Precision = Literal["fp32", "amp", "bf16"]
 
 
 class _Checked:
@@ -53,6 +54,7 @@ class Predicted(_Checked):
     extra_flops: int | None = None  # repeated work per step, in floating-point operations
     host_bytes: int | None = None  # that wait in host memory between forward and backward
     waiting_seconds: float | None = None  # of `step_seconds`, in which the computing stands still for their transfer
+    hidden_share: float | None = None  # of that transfer's seconds, both ways: those beside which it computes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class Plan(_Checked):
     batch: int  # this process's own share of the effective batch
     micro_batch: int
     accumulation: int
-    precision: Literal["fp32", "amp"]
+    precision: Precision
     memory_format: Literal["contiguous", "channels-last"]
     batch_norm: Literal["library", "native"] = "native"  # kernels on CUDA, see `lowmem.remat.batch_norm`
     tf32: bool | None = False  # whether fp32 convolutions round to TF32 on its card; None: a card of unknown kind

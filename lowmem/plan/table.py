@@ -239,8 +239,10 @@ class Table:
             held, way = (0, Restore(0, 0)) if restore is None else (x[a], restore)
             here = [0 if restore is None and j - 1 == a else x[j - 1] for j in range(a + 1, count)]
             beside = [x[j] + self.chain.stages[j - 1].fast_temp_bytes for j in range(a + 1, count)]
+            # Nobody holds an input before the first stage that the backward comes to, but the chain's own.
+            held_by_none = 0 < a < self.chain.unreached
             self._segments[a, restore] = _Segments(
-                np.array([self._fast[j] - self._fast[a] for j in range(a + 1, count)]),
+                np.array([np.inf if held_by_none else self._fast[j] - self._fast[a] for j in range(a + 1, count)]),
                 np.maximum.accumulate(np.array(here, np.int64) + np.array(beside, np.int64)),
                 np.array([self._gradients[j] + way.peak for j in range(a + 1, count)], np.int64),
                 self._round(held + way.left),

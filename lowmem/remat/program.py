@@ -187,6 +187,11 @@ class Compiler:
             )
         return steps, 0 in tokens.of and tokens.take(0)[1]
 
+    def useful(self, kept: Kept) -> Kept:
+        """Of what is kept that which the backward uses. Where parameters are frozen it does not come to all."""
+        used = {value for step in self._backward_steps(kept)[0] for value in step.uses(self.operations)}
+        return Kept(kept.values & used, kept.graphs)
+
     # -- lifetimes -----------------------------------------------------------------------------------------------------
 
     def _others(self, kept: Kept) -> set[int]:

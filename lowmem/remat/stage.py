@@ -177,7 +177,8 @@ class Stage:
         # What autograd alone needs is in its graph; of the others it is the tensor.
         read = {value for k in range(len(self.operations)) if k not in graphs for value in self._reads(k)}
         read = self._behind_views(read)
-        return Kept(frozenset(v for v in values if v - 1 not in graphs or v in read), graphs)
+        kept = Kept(frozenset(v for v in values if v - 1 not in graphs or v in read), graphs)
+        return kept if all(compiler.needs[1:]) else compiler.useful(kept)
 
     def _reads(self, k: int) -> list[int]:
         operation = self.operations[k]

@@ -130,16 +130,27 @@ def _settings(history: RunView) -> str:
     model, data, train, optim, schedule = config.model, config.data, config.train, config.optim, config.schedule
     scale = train.epochs / schedule.reference_epochs
     drops = ", ".join(f"{milestone * scale:.3g}" for milestone in schedule.milestones)
-    low_start = schedule.low_start == "always" or (model.depth or 0) >= 110  # `auto` concerns no shallower net
+    steps, warmup = schedule.kind == "steps", schedule.warmup_epochs
+    # `auto` concerns no shallower net.
+    low_start = steps and (schedule.low_start == "always" or (model.depth or 0) >= 110)
+    goes = f", times {schedule.gamma:g} after epochs {drops}" if drops else ""
+    if not steps:
+        goes = f" at most, {schedule.kind} to {schedule.final_share:g} of it"
+    if warmup:
+        goes += f", warm-up of {warmup:g} epochs"
     said = [
         f"{model.block} blocks, width {model.width}" if model.spec is None else model.words,
         tables.describe_source(data.source) + ("" if data.augment else ", not augmented"),
         f"seen at {data.image_size}x{data.image_size}",
         counted(train.epochs, "epoch"),
         f"batch {train.batch}" + (f" in micro-batches of {train.micro_batch}" if train.micro_batch else ""),
-        f"SGD, lr {optim.lr:g}" + (f", times {schedule.gamma:g} after epochs {drops}" if drops else ""),
-        f"momentum {optim.momentum:g}" + (" (Nesterov)" if optim.nesterov else ""),
-        f"weight decay {optim.weight_decay:g}",
+        f"{'SGD' if optim.kind == 'sgd' else 'AdamW'}, lr {optim.lr:g}{goes}",
+        f"momentum {optim.momentum:g}" + (" (Nesterov)" if optim.nesterov else "") if optim.kind == "sgd" else "",
+        f"betas {optim.betas[0]:g} and {optim.betas[1]:g}" if optim.kind == "adamw" else "",
+        f"weight decay {optim.weight_decay:g}" + ("" if optim.decay_norms else ", not of norms and biases"),
+        "" if optim.clip_norm is None else f"gradients clipped to a norm of {optim.clip_norm:g}",
+        "" if optim.ema is None else f"tested with a running mean of the weights (decay {optim.ema:g})",
+        *tables.regularisation(config),
         f"precision {train.precision}",
         f"seed {config.seed}",
         f"low start {schedule.low_start}" if low_start else "",

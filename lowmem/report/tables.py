@@ -157,6 +157,18 @@ def differences(history: RunView) -> tuple[str, ...]:
     return tuple(text for _, text in _departing(history))
 
 
+def regularisation(config: Config) -> list[str]:
+    """What else is done to pictures and labels, beside crop and flip."""
+    data, smoothing = config.data, config.train.label_smoothing
+    said = [
+        (smoothing, f"label smoothing {smoothing:g} (in the training loss)"),
+        (data.cutout, f"cutout of {data.cutout} pixels"),
+        (data.random_erasing, f"random erasing of {data.random_erasing:g} of the pictures"),
+        (data.mixup, f"mixup, alpha {data.mixup:g} (its training errors are against the larger share)"),
+    ]
+    return [text for given, text in said if given]
+
+
 def _departing(history: RunView) -> list[tuple[str, str]]:
     """(what, in words) of each difference."""
     config, usual = history.config, Config()
@@ -178,6 +190,10 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
         (data.test_subset is not None, "data", f"tested on {_pictures(data.test_subset)} instead of 10,000"),
         (data.val_split, "data", f"{counted(data.val_split, 'training picture')} held back"),
         (not data.augment, "augmentation", f"no augmentation instead of crop and flip{ASSUMED}"),
+        (optim.kind != "sgd", "optimizer", "AdamW instead of SGD"),
+        (not optim.decay_norms, "weight decay", "no weight decay of norms and biases"),
+        (optim.clip_norm is not None, "clipping", f"gradients clipped to a norm of {optim.clip_norm or 0:g}"),
+        (optim.ema is not None, "mean", f"tested with a running mean of the weights (decay {optim.ema or 0:g})"),
         (optim.momentum != 0.9, "momentum", f"momentum {optim.momentum:g} instead of 0.9"),
         (optim.weight_decay != 1e-4, "weight decay", f"weight decay {optim.weight_decay:g} instead of 0.0001"),
         (optim.nesterov, "momentum", "Nesterov momentum"),
@@ -186,8 +202,9 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
         (train.epochs != usual.train.epochs, "epochs", epochs),
         (train.batch != usual.train.batch, "batch", f"batch {train.batch} instead of {usual.train.batch}{ASSUMED}"),
         (0 < (train.micro_batch or 0) < train.batch, "batch norm", micro),
-        (train.precision == "amp", "precision", f"mixed precision instead of fp32{ASSUMED}"),
+        (train.precision in ("amp", "bf16"), "precision", f"mixed precision instead of fp32{ASSUMED}"),
     ]
+    said += [(True, "augmentation", text) for text in regularisation(config)]
     rescued = [("lr", f"{scales[-1]:g} of the learning rate after its loss broke")] if scales else []
     return [(word, text) for differs, word, text in said if differs] + rescued
 

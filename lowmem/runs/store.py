@@ -295,7 +295,7 @@ def run_bytes(
     layers: int = 0,
     norms_every: int = 1,
 ) -> int:
-    """Bytes on disk that a run needs at its fullest: checkpoints, momentum included; weights, which are exported twice
+    """Bytes on disk that a run needs at its fullest: checkpoints, optimizer included; weights, which are exported twice
     and replaced aside; and, where the steps of an epoch are known, rows, those of gradients.csv of so many layers."""
     needed = most_checkpoints(config) * checkpoint_bytes + 3 * parameter_bytes
     if steps_per_epoch is None:

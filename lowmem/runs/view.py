@@ -93,6 +93,17 @@ class RunView:
         size = (self._record("plan.json", PLAN_LIMIT_BYTES) or {}).get("budget_bytes")
         return size if type(size) is int and 0 < size < 1 << 62 else None
 
+    @cached_property
+    def in_host_memory(self) -> tuple[int | None, float | None]:
+        """As the plan predicts: bytes that wait there (None: nothing does), and the share of their transfer's seconds
+        beside which it computes (None: not recorded)."""
+        predicted = (self._record("plan.json", PLAN_LIMIT_BYTES) or {}).get("predicted")
+        known = predicted if isinstance(predicted, dict) else {}
+        size, share = known.get("host_bytes"), known.get("hidden_share")
+        if type(size) is not int or not 0 < size < 1 << 62:
+            return None, None
+        return size, share if type(share) is float and 0 <= share <= 1 else None
+
     def _record(self, name: str, limit_bytes: int = RECORD_LIMIT_BYTES) -> dict[str, Any] | None:
         try:
             values = read_json(self.path / name, limit_bytes)

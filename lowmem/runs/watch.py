@@ -91,6 +91,7 @@ class Live:
         self.device_bytes = last.device_used_bytes or self._told("device_used_bytes", "progress")
         self.budget_bytes = self._view.budget_bytes
         self.card = self._card_load()
+        self.host_bytes, self.hidden_share = self._view.in_host_memory
         self.elapsed_seconds, self.seconds_left = last.elapsed_seconds, self._seconds_left()
         quiet = quiet_seconds(self.path)
         self.quiet_seconds = quiet if math.isfinite(quiet) else None

@@ -21,9 +21,9 @@ KEY = "lowmem"
 
 class WeightsInfo(Section, extra="ignore"):
     """`arch` to `shortcuts`: of a network of the family; `spec`, `args`: of another, what makes it, of a file its name
-    alone. `image_size`: side of the square RGB pictures; `mean`, `std`: by channel, of pixels in [0, 1]; `epoch`:
-    completed ones; `error_pct`: on the pictures `error_on`; `chosen_on`: those that the best was chosen on. None: not
-    recorded, like most in files of older versions."""
+    alone. `image_size`: side of the square RGB pictures; `mean`, `std`: by channel, of pixels in [0, 1]; `fit`: how
+    files became square; `epoch`: completed ones; `error_pct`: on the pictures `error_on`; `chosen_on`: those that the
+    best was chosen on. None: not recorded, like most in files of older versions."""
 
     arch: str | None = None
     block: str | None = None
@@ -36,6 +36,7 @@ class WeightsInfo(Section, extra="ignore"):
     image_size: Whole | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    fit: Literal["crop", "stretch"] | None = None
     epoch: Whole | None = None
     step: Whole | None = None
     error_pct: float | None = None

@@ -7,7 +7,7 @@ the gradient of the output and, as if it still existed, the output of every poli
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowmem.plan.cost import KernelWork, OptionCost, Rates
 from lowmem.plan.front import Result
-from lowmem.plan.policy import OUTPUT, BlockPolicy
+from lowmem.plan.policy import OUTPUT, SAVE_ALL, BlockPolicy
 from lowmem.remat.autograd_operation import AutogradOperation
 from lowmem.remat.elementwise import OutputActivation
 from lowmem.remat.links import fills_its_memory
@@ -46,7 +46,8 @@ class OptionMeasure:
 
 @dataclass(frozen=True, kw_only=True)
 class StageMeasure:
-    """One stage. `fast_*` is the forward that keeps nothing. `key`: stages with equal keys cost the same."""
+    """One stage. `fast_*` is the forward that keeps nothing. `key`: stages with equal keys cost the same. `reached`:
+    whether the backward comes to it."""
 
     key: Hashable
     input_bytes: int
@@ -56,6 +57,7 @@ class StageMeasure:
     fast_temp_bytes: int
     fast_work: tuple[KernelWork, ...]
     options: tuple[OptionMeasure, ...]
+    reached: bool = True
 
 
 def measure_chain(
@@ -73,18 +75,25 @@ def measure_chain(
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad
     masked: OutputActivation | None = None
+    begins = 0 if need_input else next((k for k, stage in enumerate(stages) if any(stage.trains())), len(stages))
     with recorder, torch.no_grad():
-        for stage in stages:
+        for number, stage in enumerate(stages):
             trains = stage.trains()
 
             def new_memo(need_input: bool = need_input, trains: tuple[bool, ...] = trains) -> StagePass:
                 return StagePass(PassState(low, library_norm, scalars=scalars), need_input, trains)
 
             mask = masked and masked.signature
-            key = (stage.signature, trains, x.shape, x.stride(), x.dtype, need_input, mask, library_norm)
+            flags = tuple(one.requires_grad for one in stage.parameters())
+            trained = trains if all(flags) else (trains, flags)
+            key: tuple[Hashable, ...] = (stage.signature, trained, x.shape, x.stride(), x.dtype, need_input, mask)
+            key += (library_norm,) if number >= begins else (library_norm, number == 0, number == begins - 1)
             if key not in known:
                 bench = _StageBench(stage, x, new_memo, need_input, masked, recorder)
-                known[key] = bench.measure(key, options(stage, bench.results))
+                if number < begins:
+                    known[key] = bench.unreached(key, first=number == 0, last=number == begins - 1)
+                else:
+                    known[key] = bench.measure(key, options(stage, bench.results))
             yield known[key]
             y, _ = stage.forward([x], None, new_memo())
             assert y is not None
@@ -116,6 +125,23 @@ class _StageBench:
             fast_work=work,
             options=tuple([self._option(option, y.detach()) for option in options]),
         )
+
+    def unreached(self, key: Hashable, *, first: bool, last: bool) -> StageMeasure:
+        """Of a stage before the first that is trained, to which no backward comes: it only runs forward and keeps
+        nothing; its input is freed, but for the chain's. `last`: before one that is trained, which has its output."""
+        plain = self.measure(key, ())
+        kept = plain.output_bytes if last else 0
+        held = plain.output_bytes + (0 if first else plain.input_bytes)
+        cost = OptionCost(
+            policy=SAVE_ALL,
+            kept_bytes=kept,
+            forward_temp_bytes=held + plain.fast_temp_bytes - kept,
+            backward_temp_bytes=0,
+        )
+        option = OptionMeasure(
+            option=Option(SAVE_ALL), cost=cost, forward_work=plain.fast_work, backward_work=(), restore_work=()
+        )
+        return replace(plain, options=(option,), reached=False)
 
     @cached_property
     def _noted(self) -> dict[Operation, Any]:

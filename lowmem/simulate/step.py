@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from lowmem.step.data_parallel import DataParallelStep
 from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
-_LR = 0.1  # any: it takes no memory
+_LR, _SMOOTHING = 0.1, 0.1  # any: they take no memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,12 @@ class StepShape:
     micro_batch: int
     precision: str
     memory_format: str
-    momentum: bool = True
+    optim: OptimConfig = field(default_factory=OptimConfig)
     library_norm: bool = False  # see lowmem.remat.batch_norm; of a planned step
     joint: bool = False  # one of several processes that sum their gradients
     sync_bn: bool = False
+    label_smoothing: bool = False
+    mixup: bool = False  # pictures with two labels each
     stages: tuple[str, ...] | None = None  # the chain's links, where they are named; None: as it is traced
 
     @property
@@ -82,7 +84,7 @@ def simulate_step(
 ) -> Simulated:
     """Runs the training step with the real executor (or, for None, the untouched model under autograd) on outlines.
     `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`. `way`: another way
-    to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it."""
+    to execute the model, where there is no schedule. `optimizer`: its form, as its own keywords say it."""
     if schedule is not None:
         return StepSimulator(shape, workspace).simulate(schedule, rates, capacity_bytes)
     trace = trace_steps(lambda: _built(shape, way or _untouched, optimizer), workspace=workspace)
@@ -138,17 +140,27 @@ def _untouched(model: nn.Module) -> nn.Module:
 def _built(shape: StepShape, way: Callable[[nn.Module], nn.Module], optimizer: Mapping[str, bool]) -> StepRun:
     execution, joint = shape.execution, None
     run = way(empty_copy(shape.model, execution.torch_memory_format).train())
-    sgd = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, optimizer)
+    update = make_optimizer(run, shape.optim, execution.device, optimizer)
     # The plain step, which others are compared with, is the library's: nobody sums its gradients or undoes it.
     if isinstance(run, PlannedModule) and shape.joint:
         split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
         joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
         joint.begin(shape.batch)
-    step = TrainStep(run, sgd, make_scaler(execution), execution, shape.micro_batch, joint)
+    clip_norm, smoothing = shape.optim.clip_norm, _SMOOTHING if shape.label_smoothing else 0.0
+    step = TrainStep(
+        run,
+        update,
+        make_scaler(execution),
+        execution,
+        shape.micro_batch,
+        joint,
+        clip_norm=clip_norm,
+        label_smoothing=smoothing,
+    )
     images = torch.empty(shape.batch, *shape.image_shape, dtype=shape.dtype).contiguous(
         memory_format=execution.torch_memory_format
     )
-    labels = torch.zeros(shape.batch, dtype=torch.int64)
+    labels = torch.zeros((shape.batch, 2) if shape.mixup else shape.batch, dtype=torch.int64)
     undo = Undo(step, run) if isinstance(run, PlannedModule) else None
     return StepRun(step=step, images=images, labels=labels, undo=undo)
 

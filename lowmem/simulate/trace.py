@@ -238,8 +238,8 @@ def _moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     """None for what launches no kernel: views and allocations."""
     free, makes = _launches(func)
     inputs = tensors_among((args, [value for name, value in kwargs.items() if name not in _written(func)]))
-    if func is _aten._fused_sgd_.default:  # returns nothing: it writes parameters and momentum
-        outputs = [*args[0], *args[2]]
+    if func in _UPDATES:
+        outputs = [tensor for number in _UPDATES[func] for tensor in args[number]]
     if not outputs or free or (makes and not inputs):
         return None
     return sum(tensor.nbytes for tensor in (*inputs, *outputs))
@@ -257,6 +257,12 @@ def _launches(func: Any) -> tuple[bool, bool]:
     return func.is_view or name in _FREE, name.startswith("empty")
 
 
+# Return nothing: the arguments that they write.
+_UPDATES: dict[Any, tuple[int, ...]] = {
+    _aten._fused_sgd_.default: (0, 2),  # parameters, momentum
+    _aten._fused_adamw_.default: (0, 2, 3),  # parameters, both running means
+    _aten._foreach_lerp_.Scalar: (0,),  # means of the weights
+}
 _CONVOLUTIONS = frozenset({_aten.convolution.default, _aten.convolution_backward.default})
 
 _FREE = frozenset(

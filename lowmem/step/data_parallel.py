@@ -10,7 +10,7 @@ A process that failed sends zeros for the sums it still owes, so that nobody han
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lowmem.core.errors import PeerFailed
 from lowmem.distributed.group import Group, Split
 from lowmem.distributed.reducer import Reducer
 from lowmem.remat import PlannedModule
+from lowmem.remat.stage import Stage
 
 
 class DataParallelStep:
@@ -32,11 +33,10 @@ class DataParallelStep:
             [one for one in stage.parameters() if not (id(one) in seen or seen.add(id(one)))]  # type: ignore[func-returns-value]
             for stage in run.lowmem.stages
         ]
-        self._reducer = Reducer(stages, [] if sync_bn else list(run.buffers()), group.start_total)
-        # Elements of every sum that a pass makes for its batch norms, forward and backward: sum, sum of squares, count;
-        # of the gradient, and of it with the normalised input. Empty with statistics of each process's own.
-        channels = [norm.num_features for stage in run.lowmem.stages for norm in stage.norms] if sync_bn else []
-        self._norm_sizes = [*(2 * count + 1 for count in channels), *(2 * count for count in reversed(channels))]
+        # A frozen batch norm's do not move: a mean of equal ones may have another rounding.
+        moving = {id(one): one for part in run.modules() if part.training for one in part.buffers(recurse=False)}
+        self._reducer = Reducer(stages, [] if sync_bn else list(moving.values()), group.start_total)
+        self._norm_sizes = _norm_sums(run.lowmem.stages) if sync_bn else []
         run.lowmem.stage_done = self._reducer.stage_done
         run.lowmem.total = self.norm_total if sync_bn else None
         self.verdict: Callable[[], int] = int  # of this process on the run, a greater number for a stronger one
@@ -101,6 +101,24 @@ class DataParallelStep:
         votes[self.group.rank] = int(failed)
         self.agreed, *votes = self.group.most([self.verdict(), *votes])
         return votes
+
+
+def _norm_sums(stages: Sequence[Stage]) -> list[int]:
+    """Elements of every sum that a pass makes for its batch norms, forward and backward: sum, sum of squares, count; of
+    the gradient, and of it with the normalised input. Those in evaluation mode make none, and there is none in the
+    backward where no gradient of the input is needed."""
+    forward, backward, need_input = list[int](), list[int](), False
+    for stage in stages:
+        needs = [need_input]
+        for operation, trained in zip(stage.operations, stage.trains(), strict=True):
+            needed = any(needs[value] for value in operation.operands)
+            needs.append(needed or trained)
+            norm = operation.norm
+            if norm is not None and (norm.training or norm.running_mean is None):
+                forward.append(2 * norm.num_features + 1)
+                backward += [2 * norm.num_features] if needed else []
+        need_input = needs[-1]
+    return [*forward, *backward[::-1]]
 
 
 @torch.no_grad()

@@ -4,8 +4,11 @@ error on pictures the network is not trained on."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +21,16 @@ FUSED: Mapping[str, bool] = {"fused": True}
 
 
 def amp_dtype(precision: str, device: str) -> torch.dtype | None:
-    """Of autocast: fp16 on CUDA, bf16 on the CPU (which has no fast fp16), None in fp32."""
-    if precision != "amp":
+    """Of autocast: fp16 on CUDA, bf16 on the CPU (which has no fast fp16) and wherever it is asked for, None in
+    fp32."""
+    if precision == "fp32":
         return None
-    return torch.float16 if device == "cuda" else torch.bfloat16
+    return torch.float16 if device == "cuda" and precision == "amp" else torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the arithmetic is done: device type, `fp32` or `amp`, `contiguous` or `channels-last`, all resolved."""
+    """How the arithmetic is done: device type, precision, `contiguous` or `channels-last`, all resolved."""
 
     device: str
     precision: str
@@ -55,39 +59,95 @@ class _UncompiledSGD(torch.optim.SGD):
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
+class _UncompiledAdamW(torch.optim.AdamW):
+    """The library's, likewise."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+# What an optimizer may keep of a parameter. The mean of the weights (`OptimConfig.ema`) is kept beside the rest.
+EMA = "ema"
+SLOTS = frozenset({"momentum_buffer", "step", "exp_avg", "exp_avg_sq", EMA})
+
+
 def make_optimizer(
     model: nn.Module, config: OptimConfig, device: str, form: Mapping[str, bool] = FUSED
-) -> torch.optim.SGD:
-    """SGD over all trainable parameters, in the library's fused form and with momentum that exists from the start:
-    its update allocates nothing, so a step that runs out of memory does so before it and can be undone. `form`: another
-    one, as SGD's own keywords say it."""
+) -> torch.optim.Optimizer:
+    """SGD or AdamW over all trainable parameters, in the library's fused form and with a state that exists from the
+    start: its update, which moves the mean of the weights too, allocates nothing, so a step that runs out of memory
+    does so before it and can be undone. `form`: another one, as the optimizers' own keywords say it."""
     if device == "cuda":
         # A kernel is loaded when it is first launched, and that takes memory: here, not in the middle of a full step.
         tiny = nn.Parameter(torch.zeros(1, device=device))
         tiny.grad = torch.zeros_like(tiny)
-        _sgd([tiny], config, form).step()
-    return _sgd([parameter for parameter in model.parameters() if parameter.requires_grad], config, form)
+        _optimizer([tiny], config, form).step()
+    return _optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config, form)
 
 
-def _sgd(parameters: list[nn.Parameter], config: OptimConfig, form: Mapping[str, bool]) -> torch.optim.SGD:
-    optimizer = _UncompiledSGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov and config.momentum > 0,
-        **form,
-    )
-    if config.momentum > 0:
-        # Left to itself the fused step makes momentum without values and, when the scaler found an overflow (the
-        # first step often has one), leaves before it writes them. From zeros the first step is the same.
-        for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+def _optimizer(parameters: list[nn.Parameter], config: OptimConfig, form: Mapping[str, bool]) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if not config.decay_norms:
+        decay = {True: config.weight_decay, False: 0.0}  # by whether it has several dimensions
+        of_each = {many: [one for one in parameters if (one.dim() > 1) == many] for many in decay}
+        groups = [{"params": of_each[many], "weight_decay": decay[many]} for many in decay if of_each[many]]
+    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **form}
+    optimizer: torch.optim.Optimizer
+    if config.kind == "adamw":
+        optimizer = _UncompiledAdamW(groups, betas=config.betas, eps=config.eps, **shared)
+    else:
+        nesterov = config.nesterov and config.momentum > 0
+        optimizer = _UncompiledSGD(groups, momentum=config.momentum, nesterov=nesterov, **shared)
+    for parameter in parameters:
+        if slots := _first_slots(parameter, config, form):
+            optimizer.state[parameter] = slots
+    if config.ema is not None:
+        optimizer.register_step_post_hook(partial(_move_means, 1 - config.ema))
     return optimizer
 
 
+def _first_slots(parameter: nn.Parameter, config: OptimConfig, form: Mapping[str, bool]) -> dict[str, Tensor]:
+    """Left to itself the fused step makes momentum without values and, when the scaler found an overflow (the first
+    step often has one), leaves before it writes them. From zeros the first step is the same."""
+    slots: dict[str, Tensor] = {}
+    if config.kind == "adamw":
+        # Where the library counts steps: beside the parameter for its fused form only.
+        slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if form.get("fused") else "cpu")
+        slots |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    elif config.momentum > 0:
+        slots["momentum_buffer"] = torch.zeros_like(parameter)
+    if config.ema is not None:
+        slots[EMA] = parameter.detach().clone()
+    return slots
+
+
+@torch.no_grad()
+def _move_means(share: float, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """As `torch.optim.swa_utils.get_ema_multi_avg_fn` does, in place."""
+    means = [slots[EMA] for slots in optimizer.state.values()]
+    torch._foreach_lerp_(means, list(optimizer.state), share)
+
+
+@contextmanager
+def mean_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside it the parameters have their running means for values, if there are any, and these have theirs: they
+    change places, which takes no memory. No step may be made meanwhile."""
+
+    def swap() -> None:
+        for parameter, slots in optimizer.state.items():
+            if EMA in slots:
+                parameter.data, slots[EMA] = slots[EMA], parameter.data
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What the optimizer keeps between steps: momentum."""
+    """What the optimizer keeps between steps: momentum, or AdamW's means and counts; and the mean of the weights."""
     return [value for slots in optimizer.state.values() for value in slots.values() if isinstance(value, Tensor)]
 
 
@@ -108,15 +168,25 @@ class TrainStep:
     micro_batch: int | None
     joint: DataParallelStep | None = None  # with whom the step is made; None: by this process alone
     phase: str = "data"  # or forward, backward, reduction, gradient norms, update: for who has to say where it failed
+    clip_norm: float | None = None  # see `OptimConfig`
+    label_smoothing: float = 0.0
 
     def __call__(
-        self, images: Tensor, labels: Tensor, lr: float, look: Callable[[], None] | None = None, size: int | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        lr: float,
+        look: Callable[[], None] | None = None,
+        size: int | None = None,
+        share: float = 1.0,
     ) -> Tensor:
         """images float [B, C, 32, 32], labels int64 [B] -> (sum of losses, wrong predictions), float64 [2] on the
-        device. Everything that allocates comes before the update, so `look` does, which may look at the gradients.
+        device. Everything that allocates comes before the update, so `look` does, which may look at the gradients as
+        the backward pass left them.
 
         `size`: of the effective batch, if these pictures are this process's slice of it (B may be 0 then); the result
-        is of all of it."""
+        is of all of it. Of mixed pictures the labels are int64 [B, 2], and the loss is `share` of the first one's and
+        the rest of the other's; wrong is what is not the label with the larger share."""
         size = labels.shape[0] if size is None else size
         totals = torch.zeros(2, dtype=torch.float64, device=images.device)
         if self.joint is not None:
@@ -127,7 +197,7 @@ class TrainStep:
         for count, (x, y) in enumerate(pieces, start=1):
             if self.joint is not None and count == len(pieces):
                 self.joint.last_pass()
-            self._forward_backward(x, y, size, totals)
+            self._forward_backward(x, y, size, totals, share)
         if self.joint is not None:
             self.phase = "reduction"
             if not pieces:
@@ -137,6 +207,10 @@ class TrainStep:
         if look is not None:
             self.phase = "gradient norms"
             look()
+        if self.clip_norm is not None:
+            self.phase = "gradient norms"
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         if self.joint is not None:
             self.joint.agree()
         self.phase = "update"
@@ -147,25 +221,36 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         return totals
 
-    def _forward_backward(self, x: Tensor, y: Tensor, size: int, totals: Tensor) -> None:
+    def _forward_backward(self, x: Tensor, y: Tensor, size: int, totals: Tensor, share: float) -> None:
         self.phase = "forward"
         with self.execution.autocast():
             logits = self.model(x)
-        if logits.dim() != 2:
-            logits, y = _for_every_position(logits, y)
-        # In fp32 at least, and as a sum: the last micro-batch may be smaller than the others.
-        loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="sum")
+        if y.dim() == 2:
+            y, other = y.T.contiguous()
+            loss = share * self._loss(logits, y) + (1 - share) * self._loss(logits, other)
+            y = y if share >= 0.5 else other
+        else:
+            loss = self._loss(logits, y)
         self.phase = "backward"
         # In this thread: cuDNN's choice of engines and cuBLAS's handle and workspace are a thread's own, and what is
         # computed again has to come from the engines that computed it first.
         with torch.autograd.set_multithreading_enabled(False):
             self.scaler.scale(loss / size).backward()
         totals[0] += loss.detach().double()
+        logits, y = _for_every_position(logits, y)
         totals[1] += (logits.detach().argmax(1) != y).sum()
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """In fp32 at least, and as a sum: the last micro-batch may be smaller than the others."""
+        logits, y = _for_every_position(logits, y)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, y, reduction="sum", label_smoothing=self.label_smoothing)
 
 
 def _for_every_position(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Dense outputs [N, C, ...] are trained on the picture's label at each position; [N] is one class, [N, 1]."""
+    if logits.dim() == 2:
+        return logits, labels
     if logits.dim() == 1:
         logits = logits[:, None]
     positions = logits.shape[2:]
@@ -195,10 +280,11 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     execution: Execution,
     should_stop: Callable[[int], bool] = lambda done: False,
+    look: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> Score | None:
     """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between, which hears
-    how many pictures are done. Changes no parameter and no buffer, so that an evaluation that was cut off can simply be
-    done again."""
+    how many pictures are done; `look` sees the logits [B, C] and labels of each batch. Changes no parameter and no
+    buffer, so that an evaluation that was cut off can simply be done again."""
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0
@@ -212,6 +298,7 @@ def evaluate(
                 logits = model(images)
             loss_sum = loss_sum + F.cross_entropy(logits.float(), labels, reduction="sum").double()
             wrong = wrong + (logits.argmax(1) != labels).sum()
+            look(logits, labels)
             count += labels.shape[0]
     finally:
         model.train(was_training)

@@ -19,23 +19,26 @@ from lowmem.measure.out_of_memory import Failure, attempt, release
 from lowmem.step.train_step import TrainStep, optimizer_tensors
 
 T = TypeVar("T")
+_WATCHED = 1 << 16  # elements: the first layer that is trained may be a large one
 
 
 class Undo:
     """Runs a step so that out-of-memory leaves everything as it was before it. Takes the memory of its copies at once:
-    the buffers', and one parameter's with its momentum, by which it is seen whether the update had begun all the same
-    (the fused update goes through the parameters in order; their version counters do not move)."""
+    the buffers', and that of the first elements of one parameter and of what the optimizer keeps of it, by which it is
+    seen whether the update had begun all the same (the fused update goes through the parameters in order; their version
+    counters do not move)."""
 
     def __init__(self, step: TrainStep, model: nn.Module) -> None:
         self._step = step
         first: Tensor = step.optimizer.param_groups[0]["params"][0]
         slots = step.optimizer.state.get(first, {})
-        self._watched = [first.detach(), *(slot for slot in slots.values() if isinstance(slot, Tensor))]
+        watched = (first.detach(), *(slot for slot in slots.values() if isinstance(slot, Tensor)))
+        self._watched = [one.as_strided((min(one.numel(), _WATCHED),), (1,), one.storage_offset()) for one in watched]
         self._buffers = list(model.buffers())
         self.copies = [torch.empty_like(tensor) for tensor in (*self._buffers, *self._watched)]
 
     def attempt(self, work: Callable[[], T]) -> T | Failure:
-        """The result of `work`, which runs the step. After a Failure that is not final parameters, momentum, buffers
+        """The result of `work`, which runs the step. After a Failure that is not final parameters, optimizer, buffers
         and scaler are as before, there are no gradients, and what the step held is free."""
         _copy(self.copies, (*self._buffers, *self._watched))
         self._step.phase = "data"

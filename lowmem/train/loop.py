@@ -31,7 +31,7 @@ from lowmem.step.undo import Undo
 from lowmem.train.loss_watchers import Chance, Divergence, Stall, roll_back, way_out
 from lowmem.train.metrics import Metrics, exporting
 from lowmem.train.oom_fallback import OomFallback
-from lowmem.train.replica import Replica
+from lowmem.train.replica import Replica, weights_of
 from lowmem.train.schedule import next_low_start
 from lowmem.train.signals import StopSignals
 from lowmem.train.watchers import (
@@ -96,7 +96,8 @@ class Loop:
         config = replica.config.train
         self.t, self.folder, self.signals, self.saver, self.export = replica, folder, signals, saver, export
         self.exports: dict[str, WeightsInfo] = {}  # weights to be written with the next save
-        chance = Chance.of(replica.dataset.train.labels)
+        data = replica.dataset
+        chance = Chance.of(data.train.labels, len(data.classes), config.label_smoothing)
         self.stall = Stall(chance, replica.batches.steps_per_epoch, stop=config.on_stuck == "stop")
         self.divergence = Divergence(chance.loss, config.log_every_steps)
         self.memory = OomFallback(replica, folder)
@@ -204,11 +205,12 @@ class Loop:
 
     def _try_step(self, lr: float) -> tuple[Tensor, int]:
         state, norms = self.state, self.metrics.norms
-        images, labels, size = self.t.next_batch(state.epoch, state.step_in_epoch)
+        images, labels, size, share = self.t.next_batch(state.epoch, state.step_in_epoch)
         # What the step draws (dropout) is a function of its place, also when it is made again (invariant 3).
         torch.manual_seed(derive_seed(self.t.config.seed, "step", state.step, self.t.group.rank))
         with self.check.around(images, labels):
-            return self.t.step(images, labels, lr, norms.measure if norms.due(state.step + 1) else None, size), size
+            look = norms.measure if norms.due(state.step + 1) else None
+            return self.t.step(images, labels, lr, look, size, share), size
 
     def _settle(self) -> None:
         if (settled := self.metrics.settle()) is not None:
@@ -303,7 +305,7 @@ class Loop:
         if self.t.group.leads:
             self.saver.wait()
             taken = self.memory.saved(self.t.checkpoint)
-            weights = {name: (taken.model, info) for name, info in self.exports.items()}
+            weights = {name: (weights_of(taken), info) for name, info in self.exports.items()}
             self.saver.submit(Save(taken, self.state.epoch, weights))
         self.exports.clear()
         self.saved_at = position

@@ -13,6 +13,9 @@ not come at z standard errors: 0.00009 nats for 50,000 pictures and z = 3. So ne
 where their error is not: the plain 56-layer net at width 16 had an error of 89.7 % of 10,000 pictures in its second
 epoch (one standard error from chance), but a loss of 2.3002, five times this bound below H.
 
+With label smoothing H is the entropy of the smoothed labels; mixup leaves both H and the guesser's error as they are,
+since a batch mixed with itself has its labels once more.
+
 *Training error.* Of a guesser it is binomial around the chance error e: a standard error of sqrt(e (1-e) / N), 0.13 %
 for 50,000 pictures and ten classes.
 
@@ -73,10 +76,11 @@ class Chance:
     pictures: int
 
     @classmethod
-    def of(cls, labels: Tensor) -> Chance:
-        """labels: int64 [N], on the CPU."""
-        shares = torch.bincount(labels).double() / len(labels)
-        entropy = -sum(share * math.log(share) for share in shares.tolist() if share > 0)
+    def of(cls, labels: Tensor, classes: int = 0, label_smoothing: float = 0.0) -> Chance:
+        """labels: int64 [N], on the CPU. `label_smoothing`: what the loss spreads over so many classes."""
+        shares = torch.bincount(labels, minlength=classes).double() / len(labels)
+        targets = (1 - label_smoothing) * shares + label_smoothing / len(shares)
+        entropy = -sum(share * math.log(share) for share in targets.tolist() if share > 0)
         return cls(entropy, 100 * (1 - shares.max().item()), len(labels))
 
     @property

@@ -233,7 +233,8 @@ def describe_weights(config: Config, dataset: Dataset, **at: Any) -> WeightsInfo
         network: dict[str, Any] = model.given | {"shortcuts": model.arch.startswith("res")}
     else:
         network = {"spec": describe(model.spec, {}), "args": model.args}
-    return WeightsInfo.model_validate({**network, **dataset.describe(), **at, "version": lowmem.__version__})
+    told = {**network, **dataset.describe(), "fit": config.data.fit, **at, "version": lowmem.__version__}
+    return WeightsInfo.model_validate(told)
 
 
 # -- gradient norms ----------------------------------------------------------------------------------------------------
@@ -248,8 +249,9 @@ def disk_bytes(config: Config, model: nn.Module, steps_per_epoch: int, checkpoin
     """`run_bytes` of a run of `model`. `checkpoint_bytes`: of one that was written (None: of its tensors)."""
     parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if checkpoint_bytes is None:
-        momentum_bytes = parameter_bytes if config.optim.momentum > 0 else 0
-        checkpoint_bytes = momentum_bytes + sum(tensor.nbytes for tensor in model.state_dict().values())
+        trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        kept_bytes = config.optim.copies * trained_bytes
+        checkpoint_bytes = kept_bytes + sum(tensor.nbytes for tensor in model.state_dict().values())
     return run_bytes(
         config,
         checkpoint_bytes=checkpoint_bytes,
@@ -289,6 +291,9 @@ class GradientNorms:
     @torch.no_grad()
     def measure(self) -> None:
         """Called between backward and update; allocates, and waits for nothing."""
+        if not self._weights:
+            self._latest = torch.empty(0)
+            return
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._weights]
         norms = torch.stack(torch._foreach_norm(gradients))
         if self._step.scaler.is_enabled():

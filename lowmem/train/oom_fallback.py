@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
+from lowmem.config.schema import TrainConfig
 from lowmem.core.errors import OutOfMemory
 from lowmem.core.units import counted, format_size
 from lowmem.measure import Snapshot, who_holds
-from lowmem.measure.out_of_memory import Failure, attempt, release
+from lowmem.measure.out_of_memory import Failure, attempt, halving, release
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
 from lowmem.train.replica import Replica
@@ -23,9 +24,7 @@ class OomFallback:
 
     def __init__(self, replica: Replica, folder: RunFolder) -> None:
         self._t, self._folder = replica, folder
-        # What the plan can afford in training it can in evaluation; the whole batch it perhaps cannot.
-        config, plan = replica.config.train, replica.plan
-        self.eval_batch = config.eval_batch or (plan.micro_batch if plan else config.batch)
+        self.eval_batch = evaluation_batch(replica.config.train, replica.plan)
         self._pressure = MemoryPressure(replica.meter.read())
         self._short = Verdict()  # of the last interval of steps
         self._said_none_left = False
@@ -59,16 +58,13 @@ class OomFallback:
     def evaluated(self, score: Callable[[int], T]) -> T | Failure:
         """`score(batch)` with the evaluation's batch, which out-of-memory halves for the rest of this process; a
         Failure if one picture at a time is too much. Scores depend on the batch in the last bits only."""
-        while isinstance(result := attempt(lambda: score(self.eval_batch), lambda: "evaluation"), Failure):
-            release()
-            if self.eval_batch == 1:
-                return result
-            self.eval_batch //= 2
-            self.record(result, evaluation_batch=self.eval_batch)
-            self._t.observer.warning(
-                f"{result.words}: evaluating {counted(self.eval_batch, 'picture')} at a time from here on"
-            )
-        return result
+
+        def halved(failure: Failure, size: int) -> None:
+            self.eval_batch = size
+            self.record(failure, evaluation_batch=size)
+            self._t.observer.warning(evaluates_fewer(failure, size))
+
+        return halving(score, self.eval_batch, "evaluation", halved)
 
     def saved(self, work: Callable[[], T]) -> T:
         """Saves, if need be a second time after giving back what can be. Raises OutOfMemory."""
@@ -166,6 +162,16 @@ class OomFallback:
         if self._t.plan is None:
             return f"free what others use, or give the run a plan with `lowmem resume {path} --vram 4G`"
         return f"free what others use and go on with `lowmem resume {path}`"
+
+
+def evaluation_batch(train: TrainConfig, plan: Plan | None) -> int:
+    """Pictures at a time: what the plan can afford in training it can in evaluation; the whole batch it perhaps
+    cannot."""
+    return train.eval_batch or (plan.micro_batch if plan else train.batch)
+
+
+def evaluates_fewer(failure: Failure, size: int) -> str:
+    return f"{failure.words}: evaluating {counted(size, 'picture')} at a time from here on"
 
 
 def memory_fields(snapshot: Snapshot) -> dict[str, Any]:

@@ -29,7 +29,17 @@ from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import RunState, read_state
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import DataParallelStep, are_alike
-from lowmem.step.train_step import Execution, Score, TrainStep, evaluate, make_optimizer, make_scaler
+from lowmem.step.train_step import (
+    EMA,
+    SLOTS,
+    Execution,
+    Score,
+    TrainStep,
+    evaluate,
+    make_optimizer,
+    make_scaler,
+    mean_weights,
+)
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
 
@@ -75,7 +85,10 @@ class Replica:
         if self.planned is not None and not isinstance(model, ResNet):  # the family is held to it by tests
             check_same_forward(self.model, config.data.image_shape)
         run = self.planned or self.model
-        self.step = TrainStep(run, self.optimizer, make_scaler(execution), execution, micro_batch, joint)
+        scaler, clip_norm, smoothing = make_scaler(execution), config.optim.clip_norm, config.train.label_smoothing
+        self.step = TrainStep(
+            run, self.optimizer, scaler, execution, micro_batch, joint, clip_norm=clip_norm, label_smoothing=smoothing
+        )
         self.batches = TrainBatches(
             dataset.train,
             seed=config.seed,
@@ -84,6 +97,9 @@ class Replica:
             mean=dataset.mean,
             std=dataset.std,
             device=execution.device,
+            cutout=config.data.cutout,
+            random_erasing=config.data.random_erasing,
+            mixup=config.data.mixup,
         )
         self.state = RunState(processes=self.group.size)
         self.meter = Meter(execution.device)
@@ -93,26 +109,29 @@ class Replica:
         scheduled = learning_rate(self.config, self.batches.steps_per_epoch, step, low_start=self.state.low_start)
         return scheduled * self.state.lr_scale
 
-    def next_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int]:
-        """Images and labels of this process for a step, on the device, and the size of the whole effective batch."""
+    def next_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int, float]:
+        """Images and labels of this process for a step, on the device, the size of the whole effective batch, and the
+        share of the first of two labels."""
         size = self.batches.size(step)
         part = None if self.step.joint is None else self.step.joint.begin(size)
         layout = self.execution.torch_memory_format
         images, labels = self.batches.batch(epoch, step, memory_format=layout, part=part)
-        return images, labels, size
+        return images, labels, size, self.batches.share(epoch, step)
 
     def evaluate(
         self, pictures: AnyPictures, size: int, should_stop: Callable[[int], bool] = lambda done: False
     ) -> Score | None:
-        """`size` pictures at a time. None if `should_stop` said so in between, which hears how many are done."""
+        """`size` pictures at a time, with the running means of the weights, where the run has them. None if
+        `should_stop` said so in between, which hears how many are done."""
         data, execution = self.dataset, self.execution
         layout = execution.torch_memory_format
         batches = eval_batches(pictures, size, data.mean, data.std, execution.device, layout)
-        return evaluate(self.model, batches, execution, should_stop)
+        with mean_weights(self.optimizer):
+            return evaluate(self.model, batches, execution, should_stop)
 
     def keep_alike(self, folder: RunFolder) -> None:
         """Before weights are saved: that all processes have the same. Cards of different kinds may round differently;
-        then all go on with rank 0's, and its momentum. Raises RuntimeError on the CPU, where that is a fault."""
+        then all go on with rank 0's, and its optimizer's. Raises RuntimeError on the CPU, where that is a fault."""
         if are_alike(self.group, self.model):
             return
         if self.execution.device == "cpu":
@@ -179,12 +198,7 @@ def capture(
     state: RunState, model: nn.Module, step: TrainStep, identity: Mapping[str, str], settings: Mapping[str, object] = {}
 ) -> Checkpoint:
     """Everything a resume needs, copied: training may go on. `settings`: to tell by name what was changed since."""
-    slots = {
-        f"{slot}/{name}": cpu_copy(value)
-        for name, parameter in model.named_parameters()
-        for slot, value in step.optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
+    slots = {name: cpu_copy(tensor) for name, tensor in _slots(model, step).items()}
     run = asdict(replace(state, scaler=step.scaler.state_dict()))
     tensors = {name: cpu_copy(tensor) for name, tensor in model.state_dict().items()}
     saved = {"run": run, "identity": dict(identity), "settings": dict(settings)}
@@ -206,22 +220,50 @@ def restore(checkpoint: Checkpoint, model: nn.Module, step: TrainStep, identity:
                 f"{name} is {list(tensors[name].shape)} in the checkpoint and {list(tensor.shape)} in the network"
             )
         tensor.copy_(tensors[name])
-    parameters = dict(model.named_parameters())
-    if checkpoint.optimizer and len(checkpoint.optimizer) != len(parameters):
-        raise CorruptCheckpoint(
-            f"the optimizer state of step {checkpoint.step} is of {len(checkpoint.optimizer)} parameters, the network "
-            f"has {len(parameters)}"
-        )
-    for key, tensor in checkpoint.optimizer.items():
-        slot, _, name = key.partition("/")
-        # All that SGD keeps of a parameter is its momentum.
-        if slot != "momentum_buffer" or name not in parameters or parameters[name].shape != tensor.shape:
-            raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} belongs to another network")
-        mirror = torch.empty_like(parameters[name])  # the parameter's device and memory format
-        step.optimizer.state[parameters[name]][slot] = mirror.copy_(tensor)
+    _restore_slots(checkpoint, model, step)
     if step.scaler.is_enabled() and state.scaler:
         step.scaler.load_state_dict(state.scaler)
     return state
+
+
+def _slots(model: nn.Module, step: TrainStep) -> dict[str, Tensor]:
+    """What the optimizer keeps, by slot and parameter; the mean of a parameter with several names under each of them,
+    as the state dict has it."""
+    first = dict(model.named_parameters())
+    return {
+        f"{slot}/{name}": value
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        for slot, value in step.optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor) and (name in first or slot == EMA)
+    }
+
+
+def _restore_slots(checkpoint: Checkpoint, model: nn.Module, step: TrainStep) -> None:
+    """In place. A slot that the checkpoint has of no parameter begins anew, and so do those of one that was frozen
+    there; what is not kept any more is left out: a fork may change the optimizer, and what is frozen. Raises
+    CorruptCheckpoint."""
+    kept, saved = _slots(model, step), checkpoint.optimizer
+    kinds, theirs = ({key.partition("/")[0] for key in slots} for slots in (kept, saved))
+    frozen = {name for name, one in model.named_parameters(remove_duplicate=False) if not one.requires_grad}
+    trained = {key.partition("/")[2] for key in saved}
+    for key in sorted(kept.keys() ^ saved.keys()):
+        slot, _, name = key.partition("/")
+        changed = name in frozen if key in saved else name not in trained
+        if (slot in kinds & theirs and not changed) or slot not in SLOTS:
+            here = f"the network has {counted(len(dict(model.named_parameters())), 'parameter')}"
+            raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} is on one side only: {here}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in kept.items():
+        slot, _, name = key.partition("/")
+        found = saved.get(key, parameters[name] if slot == EMA else torch.zeros_like(tensor))
+        if found.shape != tensor.shape:
+            raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} belongs to another network")
+        tensor.copy_(found)
+
+
+def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What of it is evaluated and exported: the running means of the weights, where a run has them, and its buffers."""
+    return {name: checkpoint.optimizer.get(f"{EMA}/{name}", tensor) for name, tensor in checkpoint.model.items()}
 
 
 def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> RunState:

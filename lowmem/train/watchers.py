@@ -296,8 +296,8 @@ class PlanCheck:
             yield
             return
         self._left -= 1
-        model, momentum = self._t.model, optimizer_tensors(self._t.optimizer)
-        known = (*model.parameters(), *model.buffers(), *momentum, *self._kept, images, labels)
+        model, kept = self._t.model, optimizer_tensors(self._t.optimizer)
+        known = (*model.parameters(), *model.buffers(), *kept, *self._kept, images, labels)
         if self._cuda:
             self._beside = max(0, torch.cuda.memory_allocated() - sum(tensor.nbytes for tensor in known))
             yield

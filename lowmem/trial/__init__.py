@@ -59,6 +59,7 @@ class Trial:
     args: dict[str, Any] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     num_classes: int = 10
+    freeze: list[str] = field(default_factory=list)
     precision: str = "fp32"
     memory_format: str = "contiguous"
     device: str = "cpu"
@@ -76,6 +77,8 @@ class Trial:
     steps: int = 5
     warmup: int = 2
     optim: dict[str, Any] = field(default_factory=dict)
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
     seed: int = 0
     detailed: bool = False
 

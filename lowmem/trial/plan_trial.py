@@ -123,6 +123,7 @@ def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train
     return Trial(
         **config.model.model_dump(),
         num_classes=num_classes,
+        freeze=list(config.train.freeze),
         batch=plan.batch,
         precision=plan.precision,
         memory_format=plan.memory_format,
@@ -138,6 +139,8 @@ def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train
         cap_bytes=budget.allocator_bytes,
         link_bytes_per_second=config.cpu_link_rate,
         optim=config.optim.model_dump(),
+        label_smoothing=config.train.label_smoothing,
+        mixup=config.data.mixup,
         seed=config.seed,
     )
 

@@ -56,7 +56,7 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
 
 def network(trial: Trial, execution: Execution) -> nn.Module:
     """On the trial's device, to be trained. Raises PreflightError."""
-    model = make_network(trial.model, trial.num_classes, seed=trial.seed)
+    model = make_network(trial.model, trial.num_classes, seed=trial.seed, freeze=trial.freeze)
     check_memory_format(model, trial.device, execution.precision, execution.memory_format)
     model.to(device=trial.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
     return model.train()
@@ -87,7 +87,8 @@ class _Work:
         self.execution = Execution(trial.device, trial.precision, trial.memory_format)
         self.model = network(trial, self.execution)
         form = FUSED if trial.fused else {}
-        self.optimizer = make_optimizer(self.model, OptimConfig(**trial.optim), trial.device, form)
+        optim = OptimConfig(**trial.optim)
+        self.optimizer = make_optimizer(self.model, optim, trial.device, form)
         # As many as the run holds on the device; on the CPU, where they count for nothing, a batch.
         count = max(trial.batch, trial.pictures if self.cuda else 0)
         self.pictures = random_pictures(
@@ -95,14 +96,23 @@ class _Work:
         )
         reserved = torch.cuda.memory_reserved() if self.cuda else 0
         self.batches = TrainBatches(
-            self.pictures, seed=0, batch=trial.batch, augment=True, mean=MEAN, std=STD, device=trial.device
+            self.pictures,
+            seed=0,
+            batch=trial.batch,
+            augment=True,
+            mean=MEAN,
+            std=STD,
+            device=trial.device,
+            mixup=trial.mixup,
         )
         self.beside_reserved_bytes = torch.cuda.memory_reserved() - reserved if self.cuda else 0
         plan = None if trial.plan is None else Plan.from_json(trial.plan)
         run, micro_batch = executed(self.model, trial.way, plan), None if plan is None else plan.micro_batch
         if isinstance(run, PlannedModule) and trial.link_bytes_per_second is not None:
             run.lowmem.link = cpu_link(trial.link_bytes_per_second)
-        self.step = TrainStep(run, self.optimizer, make_scaler(self.execution), self.execution, micro_batch)
+        scaler, execution = make_scaler(self.execution), self.execution
+        self.step = TrainStep(run, self.optimizer, scaler, execution, micro_batch, clip_norm=optim.clip_norm)
+        self.step.label_smoothing = trial.label_smoothing
         # What a planned run keeps to undo a step is in the prediction; what it is compared with has none.
         self.undo = Undo(self.step, self.model) if trial.way == PLANNED else None
         self.losses: list[float] = []

@@ -17,6 +17,7 @@ from lowmem.core.errors import CorruptCheckpoint, PreflightError, UsageError
 from lowmem.lifecycle import extend_run, fork, fork_run, recorded_settings, resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.view import read_run
+from lowmem.train.schedule import learning_rate
 from tests.conftest import assert_same_tensors, exact_rows
 from tests.tiny import Heard, tiny
 
@@ -47,6 +48,25 @@ def _files(path: Path) -> dict[str, bytes]:
 
 def _rates(path: Path) -> list[str]:
     return [row["lr"] for row in exact_rows(path)]
+
+
+def test_a_longer_cycle_falls_to_the_new_end(tmp_path: Path) -> None:
+    heard, before, after = Heard(), tmp_path / "before", tmp_path / "after"
+    run_training(tiny(*OWN, "schedule.kind=one-cycle", "schedule.milestones=[81, 122]"), before)
+    extend_run(before, epochs=5, out=after, observer=heard)
+    config = recorded_settings(after).config
+    assert config.schedule.warmup_epochs == pytest.approx(0.9)
+    told = "\n".join(heard.notes)
+    assert (
+        "train.epochs: 3 -> 5\nthe one-cycle schedule now ends with epoch 5: from here on the rate is what a run of "
+        "that length has there\n"
+    ) in told
+    assert "schedule." not in told
+    rates = [float(rate) for rate in _rates(after)]
+    assert rates[2] == 0  # of the run before
+    assert rates[3:] == [learning_rate(config, 4, step, low_start=False) for step in (15, 19)]
+    assert 0 == rates[4] < rates[3] < 0.1
+    assert (after / "report" / "learning_rate.png").stat().st_size > 1000
 
 
 def test_a_fork_trains_on_from_the_checkpoint(parent: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench import ENGINE, PLAIN_DEFAULT, PLAIN_FREE
+from lowmem.bench import ENGINE, ENGINE_HOST, PLAIN_DEFAULT, PLAIN_FREE
 from lowmem.bench.tables import MODES, TableSetup, account, largest_cells, step_cells
 from lowmem.core.units import MIB
 from lowmem.trial import TrialResult
@@ -71,6 +71,20 @@ def test_figures() -> None:
     )
     assert (row["times_plain"], row["least_times_plain"], row["extra_flops"]) == ("1.5", "1.25", "0.25")
     assert (row["peak_allocated_bytes"], row["as_plain"], row["refused"]) == (str(51 * MIB), "same bits", "")
+
+
+def test_bytes_moved_and_the_hidden_share_of_it() -> None:
+    setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu", budgets=(0.5,), host="auto")
+    cells = step_cells(setup, MODES[:1])
+    hosted = next(cell for cell in cells if cell.family == ENGINE_HOST)
+    hosted.plan = {"predicted": {"host_bytes": 20 * MIB, "hidden_share": 0.957}}
+    shown = account(setup, HERE, [*cells, *largest_cells(setup)], finished=True).tables[0]
+    header, *lines = shown.lines()
+    at, there = header.index("MiB on the host"), next(line for line in lines if line[0] == hosted.label)
+    assert header[at + 1] == "transfer hidden"
+    assert there[at : at + 2] == ["20.0", "96%"]
+    assert all(line[at : at + 2] == ["–", "–"] for line in lines if line is not there)
+    assert "predicted share of that transfer's time" in shown.note
 
 
 @pytest.mark.parametrize(

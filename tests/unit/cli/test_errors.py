@@ -40,7 +40,7 @@ def _leave(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[in
         (["train", "--batch", "many"], 2, "whole number"),
         (["train", "--epochs", "0"], 2, "a whole number > 0"),
         (["train", "--width", "0"], 2, "a whole number > 0"),
-        (["train", "--precision", "fp64"], 2, "auto, fp32 or amp"),
+        (["train", "--precision", "fp64"], 2, "auto, fp32, amp or bf16"),
         (["train", "--data", "imagenet"], 2, "folder:PATH"),
         (["train", "--config", "none.yaml"], 2, "does not exist"),
         (["train", "--recipe", "none"], 2, "use one of report"),

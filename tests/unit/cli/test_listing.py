@@ -51,7 +51,7 @@ def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
-        ("optim.*", {"optim.lr", "optim.momentum", "optim.weight_decay", "optim.nesterov"}),
+        ("optim.*", {name for name in known_keys() if name.startswith("optim.")}),
         ("TF32", {"train.tf32"}),
         ("mixed precision", {"train.precision"}),  # in its meaning
         ("learning_rate", {"optim.lr"}),  # what others call it
@@ -73,20 +73,31 @@ _OTHER_VALUE: dict[str, object] = {
     "memory.card": "gtx970", "model.spec": "torchvision:resnet18", "model.args": {"depth": 3},
     "model.sha256": {"net.py": "0"},
 }  # fmt: skip
-_BEFORE = {"model.block": {"arch": "res56"}, "model.args": {"spec": "torchvision:resnet18"}}
+_ADAMW = {"optim": {"kind": "adamw"}}
+_BEFORE: dict[str, dict[str, object]] = {
+    "model.block": {"model": {"arch": "res56"}}, "model.args": {"model": {"spec": "torchvision:resnet18"}},
+    "optim.betas": _ADAMW, "optim.eps": _ADAMW,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", known_keys())
 def test_what_a_fork_may_change_is_what_the_list_says(name: str) -> None:
-    setting, before = catalogue()[name], Config.model_validate({"model": _BEFORE.get(name, {})})
+    setting, before = catalogue()[name], Config.model_validate(_BEFORE.get(name, {}))
     value = _OTHER_VALUE.get(name)
     if value is None and setting.choices:
         value = next(one for one in setting.choices if one != flatten(before)[name])
     elif value is None:
-        numbers = [(not setting.default if isinstance(setting.default, bool) else None), 100, 0.5, 1 << 30, [1.0, 2.0]]
+        numbers = [
+            (not setting.default if isinstance(setting.default, bool) else None),
+            100,
+            0.5,
+            1 << 30,
+            [1.0, 2.0],
+            [0.5, 0.6],
+        ]
         for value in (one for one in numbers if one is not None):
             try:
-                validate({name: value}, {})
+                validate({**flatten(before), name: value}, {})
             except UsageError:
                 continue
             break
@@ -194,7 +205,7 @@ def _offered(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         ("lowmem se", ["settings"]),
         ("lowmem train --arch res1", ["res101", "res110"]),
         ("lowmem plan --card gtx1060", ["gtx1060-3g", "gtx1060-6g"]),
-        ("lowmem train --precision ", ["auto", "fp32", "amp"]),
+        ("lowmem train --precision ", ["auto", "fp32", "amp", "bf16"]),
         ("lowmem train --set optim.m", ["optim.momentum="]),
         ("lowmem train --data ", ["cifar10", "fashion-mnist", "shapes", "oldrun", "pictures", "runs"]),
         ("lowmem train --data folder:pi", ["folder:pictures"]),

@@ -65,7 +65,9 @@ def test_json_and_picture_have_what_waits_in_host_memory(capsys: pytest.CaptureF
     _, out, _ = _leave(capsys, *asked, "--set", "memory.host=64M", "--set", "memory.allow_accumulation=false")
     record = json.loads(out)
     assert record["predicted"]["host_bytes"] == 2304 << 10
-    assert 0 < record["predicted"]["waiting_seconds"] < 0.1 * record["predicted"]["step_seconds"]
+    waiting, transfer = record["predicted"]["waiting_seconds"], 2 * (2304 << 10) / 12e9  # both ways, at the card's rate
+    assert 0 < waiting < 0.1 * record["predicted"]["step_seconds"]
+    assert record["predicted"]["hidden_share"] == pytest.approx(1 - waiting / transfer)
     alone, there = record["curve"]["lowmem"], record["curve"]["lowmem with host memory"]
     assert all(cost <= min(other for size, other in alone if size <= peak) + 1e-9 for peak, cost in there)
     assert any(cost < 0.9 * min(other for size, other in alone if size <= peak) for peak, cost in there)

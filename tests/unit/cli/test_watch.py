@@ -63,7 +63,12 @@ def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder.event("start", steps_per_epoch=7)
         folder.append_steps([{"step": 2, "epoch": 1, "lr": 0.1, "loss": float("nan")}])
         assert _run(["watch", str(folder.path), "--once"]) == 0
-        assert re.search(r"state   training \(process \d+ on .* since ", capsys.readouterr().out)
+        said = capsys.readouterr().out
+        assert re.search(r"state   training \(process \d+ on .* since ", said)
+        assert "host memory" not in said
+        folder.write_plan({"predicted": {"host_bytes": 3 << 30, "hidden_share": 0.957}})
+        assert _run(["watch", str(folder.path), "--once"]) == 0
+        assert "3,072 MiB wait in host memory, moved out and back each step; 96% of the" in capsys.readouterr().out
         assert _run(["watch", str(folder.path), "--once", "--json"]) == 0
     told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert (told["state"], told["running"], told["step"], told["steps_per_epoch"]) == ("training", True, 2, 7)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowmem.config.schema import OPERATIONAL, Config, ModelConfig, flatten, known_keys, nest
+from lowmem.config.schema import OPERATIONAL, Config, ModelConfig, OptimConfig, flatten, known_keys, nest
 from lowmem.config.settings import from_yaml, gather, parse_set, refuse_changes, to_yaml
 from lowmem.core.errors import UsageError
 
@@ -38,7 +38,7 @@ def test_every_setting_is_recorded_and_read_back(tmp_path: Path) -> None:
     assert from_yaml(path) == settings
     path.write_bytes(to_yaml(settings).replace("\n", "\r\n").encode())  # as an editor on Windows saves it
     assert from_yaml(path) == settings
-    assert set(yaml.safe_load(path.read_text())["optim"]) == {"lr", "momentum", "weight_decay", "nesterov"}
+    assert set(yaml.safe_load(path.read_text())["optim"]) == set(OptimConfig.model_fields)
     assert "arch: res110  # flag" in path.read_text()
     assert "weight_decay: 1.0e-05  # --set" in path.read_text()
     # The recorded file is a --config file too.
@@ -63,7 +63,10 @@ def test_every_setting_is_recorded_and_read_back(tmp_path: Path) -> None:
         (["schedule.low_start=false"], "low_start = false .*: it takes auto, always or never"),
         (["train.on_stuck=off"], "it takes warn or stop"),
         (["data.train_subset=yes"], "it takes a whole number > 0, or null"),
-        (["train.precision=fp64"], "it takes auto, fp32 or amp"),
+        (["train.precision=fp64"], "it takes auto, fp32, amp or bf16"),
+        (["optim.betas=0.9"], r"it takes numbers like \[0.9, 0.999\]"),
+        (["optim.kind=adamw", "optim.nesterov=true"], "optim: nesterov is SGD's, and kind is adamw: leave it at false"),
+        (["optim.eps=1e-6"], "eps is AdamW's, and kind is sgd: leave it at 1e-08"),
         (["data.download=maybe"], "it takes true or false"),
         (["memory.vram=on"], "it takes a size like 6G"),
         (["memory.host=12X"], "memory.host = .12X. .*: it takes off or auto, or a size like 6G"),
@@ -101,7 +104,7 @@ def test_a_users_own_recipe(tmp_path: Path) -> None:
     file = tmp_path / "fast.yaml"
     file.write_text("description: mine\ntrain: {epochs: 3}\n")
     assert gather(recipe=str(file)).config.train.epochs == 3
-    with pytest.raises(UsageError, match="use one of report"):
+    with pytest.raises(UsageError, match="use one of modern, report"):
         gather(recipe="rapport")
 
 

@@ -8,7 +8,7 @@ from lowmem.config.schema import Config
 from lowmem.config.settings import Settings
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle import fork
-from lowmem.train.schedule import milestone_steps
+from lowmem.train.schedule import learning_rate, milestone_steps, warmup_steps
 
 
 def test_not_a_step_of_the_schedule_moves() -> None:
@@ -31,3 +31,19 @@ def test_a_schedule_that_is_asked_to_change_does() -> None:
     assert milestone_steps(given, 10) == (2000,)
     with pytest.raises(UsageError, match=r"train\.epochs = 0"):
         fork.changed(recorded, {"train.epochs": 0}, "fork")
+
+
+def test_a_cycles_rise_stays_and_its_fall_goes_to_the_new_end() -> None:
+    flat = {"train.epochs": 60, "schedule.kind": "one-cycle"}
+    recorded = Settings(Config(), {}).replace(flat, "run")
+    longer = fork.changed(recorded, {"train.epochs": 100}, "fork").config
+    assert warmup_steps(longer, 10) == warmup_steps(recorded.config, 10) == 180
+    for step in range(180):
+        rates = [learning_rate(config, 10, step, low_start=False) for config in (recorded.config, longer)]
+        assert rates[0] == rates[1]
+    assert learning_rate(longer, 10, 599, low_start=False) > 0.03
+    assert learning_rate(longer, 10, 999, low_start=False) == 0
+    given = fork.changed(recorded, {"train.epochs": 100, "schedule.warmup_epochs": 5}, "fork").config
+    assert warmup_steps(given, 10) == 50
+    # Too short for the rise that there was: the share of the new length.
+    assert warmup_steps(fork.changed(recorded, {"train.epochs": 10}, "fork").config, 10) == 30

@@ -50,7 +50,7 @@ def test_the_keys_of_plan_json() -> None:
     ]  # fmt: skip
     assert set(values["predicted"]) == {
         "peak_allocated_bytes", "peak_reserved_bytes", "device_bytes",
-        "step_seconds", "overhead", "extra_flops", "host_bytes", "waiting_seconds",
+        "step_seconds", "overhead", "extra_flops", "host_bytes", "waiting_seconds", "hidden_share",
     }  # fmt: skip
     assert values["predicted"]["device_bytes"] is None
     assert values["blocks"]["stem"] == "SAVE_ALL"

@@ -48,6 +48,17 @@ def test_what_the_best_weights_were_chosen_on(make_run: MakeRun) -> None:
     assert "optimistic" not in best
 
 
+def test_schedules_and_what_is_done_to_pictures(make_run: MakeRun) -> None:
+    smooth = {"schedule__kind": "one-cycle", "schedule__warmup_epochs": 2, "schedule__low_start": "auto"}
+    settings = line(document(make_run("res110", **smooth, train__label_smoothing=0.1, data__cutout=8)), "Settings")
+    assert "; SGD, lr 0.1 at most, one-cycle to 0 of it, warm-up of 2 epochs; " in settings
+    assert "; label smoothing 0.1 (in the training loss); cutout of 8 pixels; " in settings
+    assert "low start" not in settings
+    assert "times 0.1 after epochs" not in settings
+    rising = line(document(make_run("res20", name="rising", schedule__warmup_epochs=2)), "Settings")
+    assert "SGD, lr 0.1, times 0.1 after epochs 2.47, 3.72, warm-up of 2 epochs; " in rising
+
+
 def test_no_rows(make_run: MakeRun) -> None:
     run = make_run("res110", done=0)
     (run / "steps.csv").write_text("step,epoch,lr,loss\n20,1,0.01,2.31\n", encoding="utf-8")

@@ -234,6 +234,19 @@ def test_budget_and_what_was_measured(folder: RunFolder) -> None:
     assert watched.look().budget_bytes is None
 
 
+def test_what_waits_in_host_memory(folder: RunFolder) -> None:
+    watched = Live(folder.path)
+    folder.write_plan({"predicted": {"host_bytes": 0, "hidden_share": None}})
+    assert (watched.look().host_bytes, watched.hidden_share) == (None, None)
+    folder.update_plan({"predicted": {"host_bytes": 3 << 30, "hidden_share": 0.9}})
+    assert (watched.look().host_bytes, watched.hidden_share) == (3 << 30, 0.9)
+    for odd in ({"host_bytes": 3 << 30}, {"host_bytes": 3 << 30, "hidden_share": "much"}):  # an older run; by hand
+        folder.update_plan({"predicted": odd})
+        assert (watched.look().host_bytes, watched.hidden_share) == (3 << 30, None)
+    folder.update_plan({"predicted": [1]})
+    assert watched.look().host_bytes is None
+
+
 def test_damaged_files_hide_only_themselves(folder: RunFolder) -> None:
     folder.event("start")
     for name in ("config.yaml", "plan.json"):

@@ -34,6 +34,7 @@ class Setup:
     low: torch.dtype | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     library_norm: bool = False
+    optim: OptimConfig = OptimConfig()  # noqa: RUF009 (frozen)
 
     def model(self, *, fake: bool) -> ResNet:
         model = ResNet(self.block, self.layout, width=self.width, residual=self.residual)
@@ -49,8 +50,7 @@ class Setup:
             run = apply_plan(model, self.schedule(decompose(model)), library_norm=self.library_norm)
         layout = "channels-last" if self.memory_format is torch.channels_last else "contiguous"
         execution = Execution("cpu", "fp32" if self.low is None else "amp", layout)
-        step = TrainStep(
-            run, make_optimizer(model, OptimConfig(), "cpu"), make_scaler(execution), execution, self.batch
-        )
+        optimizer = make_optimizer(model, self.optim, "cpu")
+        step = TrainStep(run, optimizer, make_scaler(execution), execution, self.batch)
         images = torch.randn(self.batch * self.accumulation, 3, 32, 32).contiguous(memory_format=self.memory_format)
         return StepRun(step=step, images=images, labels=torch.zeros(len(images), dtype=torch.long))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem.config.schema import OptimConfig
 from lowmem.core.units import MIB
 from lowmem.plan.cost import KernelWork
 from lowmem.plan.policy import LEAN
@@ -56,6 +57,17 @@ def test_the_fused_update_is_counted_though_it_returns_nothing() -> None:
     trace = trace_steps(Setup().build)
     parameters = sum(p.numel() * 4 for p in Setup().model(fake=False).parameters())
     assert [work.moved_bytes for work in trace.work if work.phase == "update"] == [5 * parameters]
+    assert not [event for event in trace.events if event.phase == "update" and event.change_bytes > 0]
+
+
+def test_the_update_of_adamw_and_of_the_mean_weights_is_counted_too() -> None:
+    """AdamW reads parameters, gradients and two means, and writes all but the gradients; their mean's reads two and
+    writes one."""
+    trace = trace_steps(Setup(optim=OptimConfig(kind="adamw", ema=0.9)).build)
+    parameters = list(Setup().model(fake=False).parameters())
+    sizes, counts = sum(p.nbytes for p in parameters), 4 * len(parameters)
+    moved = [work.moved_bytes for work in trace.work if work.phase == "update"]
+    assert moved == [7 * sizes + counts, 3 * sizes]
     assert not [event for event in trace.events if event.phase == "update" and event.change_bytes > 0]
 
 

@@ -14,7 +14,7 @@ from lowmem.models import build
 from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 from lowmem.train.replica import capture
 
@@ -96,6 +96,55 @@ def test_the_update_reads_gradients_as_they_lie_in_memory(planned: bool) -> None
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("micro", [None, 5])
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(("smoothing", "share"), [(0.1, None), (0.0, 0.75), (0.1, 0.75), (0.0, 0.3), (0.0, 0.5)])
+def test_smoothed_and_mixed_labels_have_the_bits_of_a_plain_loop(
+    smoothing: float, share: float | None, planned: bool, micro: int | None
+) -> None:
+    """The papers' loops: `lam * criterion(out, y_a) + (1 - lam) * criterion(out, y_b)`."""
+    ours, usual = (build("res20", width=4) for _ in range(2))
+    run = apply_plan(ours, uniform([*[LEAN] * (len(stage_names(ours)) - 1), SAVE_ALL])) if planned else ours
+    images, first = _batch(12)
+    labels = first if share is None else torch.stack([first, first.roll(5)], 1)
+    step = _step(run, micro)
+    step.label_smoothing = smoothing
+    gradients: list[torch.Tensor] = []
+    loss_sum, wrong = step(
+        images, labels, 0.1, lambda: gradients.extend(one.grad for one in ours.parameters()), share=share or 1.0
+    )
+    expected, missed = torch.zeros((), dtype=torch.float64), 0
+    for x, y in zip(images.split(micro or 12), labels.split(micro or 12), strict=True):
+        out = usual(x)
+        options = {"reduction": "sum", "label_smoothing": smoothing}
+        if share is None:
+            loss = F.cross_entropy(out, y, **options)
+        else:
+            loss = share * F.cross_entropy(out, y[:, 0], **options)
+            loss = loss + (1 - share) * F.cross_entropy(out, y[:, 1], **options)
+        (loss / 12).backward()
+        expected += loss.detach().double()
+        missed += (out.argmax(1) != (y if share is None else y[:, int(share < 0.5)])).sum().item()
+    assert all(torch.equal(one, two.grad) for one, two in zip(gradients, usual.parameters(), strict=True))
+    assert len(gradients) == len(list(usual.parameters()))
+    assert (loss_sum.item(), wrong.item()) == (expected.item(), missed)
+
+
+def test_dense_outputs_are_smoothed_and_mixed_at_every_position() -> None:
+    images, first = _batch(6)
+    labels = torch.stack([first, first.roll(1)], 1)
+    ours, usual = (nn.Conv2d(3, 10, 3, stride=9) for _ in range(2))
+    usual.load_state_dict(ours.state_dict())
+    step = _step(ours, None)
+    step.label_smoothing = 0.2
+    step(images, labels, 0.1, share=0.6)
+    out, options = usual(images), {"reduction": "sum", "label_smoothing": 0.2}
+    both = [F.cross_entropy(out, one.view(-1, 1, 1).expand(-1, 4, 4), **options) for one in labels.unbind(1)]
+    ((0.6 * both[0] + (1 - 0.6) * both[1]) / 6).backward()
+    make_optimizer(usual, OptimConfig(), "cpu").step()
+    assert torch.equal(ours.weight, usual.weight)
+
+
 def test_gradients_are_gone_after_the_step() -> None:
     model = build("res20", width=4)
     _step(model, None)(*_batch(8), 0.1)
@@ -117,15 +166,16 @@ def test_amp_on_the_cpu_is_bf16_with_fp32_weights(memory_format: str) -> None:
     assert torch.isfinite(loss_sum)
 
 
-def test_the_update_allocates_nothing() -> None:
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(kind="adamw", decay_norms=False, ema=0.9)])
+def test_the_update_allocates_nothing(optim: OptimConfig) -> None:
     """So that a step which runs out of memory does so before anything was changed."""
     model = build("res20", width=4)
-    optimizer = make_optimizer(model, OptimConfig(), "cpu")
+    optimizer = make_optimizer(model, optim, "cpu")
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = model.conv1.weight.detach().clone()
     with TensorMeter() as meter:
-        meter.adopt([*model.parameters(), *(slots["momentum_buffer"] for slots in optimizer.state.values())])
+        meter.adopt([*model.parameters(), *optimizer_tensors(optimizer)])
         held = meter.live_bytes
         optimizer.step()
     assert meter.peak_bytes == held > 0

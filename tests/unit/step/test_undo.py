@@ -20,11 +20,12 @@ from tests.faults.injection import Scarce
 class Rig:
     """A step with the scaler on, which on the CPU nobody needs, and a batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, optim: OptimConfig = OptimConfig()) -> None:
         self.model = build("res20", width=4)
-        optimizer = make_optimizer(self.model, OptimConfig(), "cpu")
+        optimizer = make_optimizer(self.model, optim, "cpu")
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-        self.step = TrainStep(self.model, optimizer, self.scaler, Execution("cpu", "fp32", "contiguous"), None)
+        execution = Execution("cpu", "fp32", "contiguous")
+        self.step = TrainStep(self.model, optimizer, self.scaler, execution, None, clip_norm=optim.clip_norm)
         self.undo = Undo(self.step, self.model)
         generator = torch.Generator().manual_seed(1)
         self.images = torch.randn(8, 3, 32, 32, generator=generator)
@@ -34,8 +35,8 @@ class Rig:
         return self.undo.attempt(lambda: self.step(self.images, self.labels, 0.1))
 
     def state(self) -> dict[str, Any]:
-        slots = self.step.optimizer.state.values()
-        state = {"model": self.model.state_dict(), "momentum": [slot["momentum_buffer"] for slot in slots]}
+        slots = [slot for kept in self.step.optimizer.state.values() for slot in kept.values()]
+        state = {"model": self.model.state_dict(), "optimizer": slots}
         return copy.deepcopy({**state, "scaler": self.step.scaler.state_dict()})
 
 
@@ -107,6 +108,50 @@ def test_the_scaler_is_undone_too(name: str, count: int, phase: str, steps_befor
         _assert_same(ours.go(), theirs.go())
     _assert_same(ours.state(), theirs.state())
     assert ours.state()["scaler"]["scale"] == 2048.0 * (2 if steps_before else 1)
+
+
+EVERYTHING = OptimConfig(kind="adamw", decay_norms=False, clip_norm=0.1, ema=0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "phase"),
+    [
+        ("convolution_backward", 4, "backward"),
+        ("_amp_foreach_non_finite_check_and_unscale_", 1, "gradient norms"),
+        ("_foreach_norm", 1, "gradient norms"),
+        ("_foreach_mul_", 1, "gradient norms"),  # they are clipped
+        ("_fused_adamw_", 0, "update"),
+    ],
+)
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_adamw_clipping_and_the_mean_weights_are_undone_too(
+    name: str, count: int, phase: str, steps_before: int
+) -> None:
+    ours, theirs = Rig(EVERYTHING), Rig(EVERYTHING)
+    for _ in range(steps_before):
+        ours.go()
+        theirs.go()
+    before = ours.state()
+    with At(name, count):
+        failure = ours.go()
+    assert isinstance(failure, Failure)
+    assert failure.phase == phase
+    if phase == "update":  # steps are counted before the parameters are changed: seen, and final
+        assert failure.final
+        return
+    assert not failure.final
+    _assert_same(ours.state(), before)
+    for _ in range(3):
+        _assert_same(ours.go(), theirs.go())
+    _assert_same(ours.state(), theirs.state())
+
+
+def test_mean_weights_that_do_not_move_are_final() -> None:
+    rig = Rig(EVERYTHING)
+    with At("_foreach_lerp_", 0):
+        failure = rig.go()
+    assert isinstance(failure, Failure)
+    assert failure.final
 
 
 def test_an_update_that_began_is_final() -> None:

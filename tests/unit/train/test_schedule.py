@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from lowmem.config.schema import Config, nest
 from lowmem.config.settings import gather
+from lowmem.core.errors import UsageError
 from lowmem.train.schedule import (
     learning_rate,
     milestone_steps,
@@ -61,6 +64,105 @@ def test_the_low_start_ends_under_80_percent_error_or_at_the_first_milestone() -
 
 def _config(**flat: object) -> Config:
     return Config.model_validate(nest({key.replace("__", "."): value for key, value in flat.items()}))
+
+
+def _torchs(lr: float, steps: int, make: type[LRScheduler], **options: object) -> list[float]:
+    """The rates that a scheduler of the library gives the steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler, rates = make(optimizer, **options), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def _rates(config: Config, steps_per_epoch: int) -> list[float]:
+    steps = config.train.epochs * steps_per_epoch
+    return [learning_rate(config, steps_per_epoch, step, low_start=False) for step in range(steps)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_cosine_is_the_librarys(share: float) -> None:
+    config = _config(schedule__kind="cosine", train__epochs=6, optim__lr=0.3, schedule__final_share=share)
+    usual = _torchs(0.3, 42, CosineAnnealingLR, T_max=41, eta_min=0.3 * share)
+    assert _rates(config, 7) == pytest.approx(usual, rel=1e-9, abs=1e-12)
+    assert _rates(config, 7)[-1] == 0.3 * share
+
+
+@pytest.mark.parametrize(("warmup", "risen"), [(None, 12.6), (2.0, 14), (0.5, 3.5)])
+def test_one_cycle_is_the_librarys(warmup: float | None, risen: float) -> None:
+    options = {"schedule__kind": "one-cycle", "schedule__warmup_epochs": warmup, "schedule__final_share": 1 / 25 / 1e4}
+    config = _config(train__epochs=6, optim__lr=0.3, **options)
+    usual = _torchs(0.3, 42, OneCycleLR, max_lr=0.3, total_steps=42, pct_start=round(risen) / 42, cycle_momentum=False)
+    assert _rates(config, 7) == pytest.approx(usual, rel=1e-9)
+
+
+def test_before_a_cosine_the_rate_rises_in_equal_parts() -> None:
+    config = _config(schedule__kind="cosine", train__epochs=6, optim__lr=0.3, schedule__warmup_epochs=2)
+    rates = _rates(config, 5)
+    assert rates[:10] == pytest.approx([0.03 * (step + 1) for step in range(10)])
+    assert rates[9:] == pytest.approx(_torchs(0.3, 21, CosineAnnealingLR, T_max=20), abs=1e-12)
+
+
+def test_a_warm_up_before_steps() -> None:
+    config = _config(
+        train__epochs=4, schedule__reference_epochs=4, schedule__milestones=(3,), schedule__warmup_epochs=1
+    )
+    assert _rates(config, 4) == pytest.approx([0.025, 0.05, 0.075, *[0.1] * 9, *[0.01] * 4])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "one-cycle"])
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, None), (1, 0.0), (1, 0.99), (2, 1.9)])
+def test_the_shortest_runs_have_a_rate_in_every_step(kind: str, epochs: int, warmup: float | None) -> None:
+    config = _config(schedule__kind=kind, train__epochs=epochs, schedule__warmup_epochs=warmup)
+    for steps in (1, 2, 3, 10):
+        rates = _rates(config, steps)
+        assert all(0 <= rate <= 0.1 for rate in rates)
+        assert max(rates) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("sets", [["schedule.kind=cosine"], ["schedule.kind=one-cycle"], ["schedule.warmup_epochs=2"]])
+def test_the_low_start_is_of_steps_alone(sets: list[str]) -> None:
+    assert not starts_low(gather(flags={"model.arch": "res110"}, sets=sets).config)
+    with pytest.raises(UsageError, match=r"low_start always and .* are two warm-ups: set low_start to auto or never"):
+        gather(sets=[*sets, "schedule.low_start=always"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["schedule.final_share=0.1"], r"final_share 0\.1 is for cosine and one-cycle, the kind is steps"),
+        (["schedule.warmup_epochs=164"], r"schedule\.warmup_epochs 164 leaves nothing of a run of train\.epochs 164"),
+        (["schedule.kind=cos"], "schedule.kind"),
+        (["data.cutout=32"], "cutout 32 covers pictures of image_size 32: lower it"),
+        (["train.label_smoothing=1"], "train.label_smoothing"),
+    ],
+)
+def test_what_is_refused(sets: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as refused:
+        gather(sets=sets)
+    assert not str(refused.value).startswith(":")
+
+
+def test_smooth_curves_beside_each_other_fit_a_screen() -> None:
+    before = rate_curve(_config(schedule__kind="one-cycle"), 391, 391 * 12, low_start=False)
+    after = rate_curve(_config(schedule__kind="cosine", train__epochs=300), 100, 100 * 12, low_start=False)
+    assert len(before.points) == 164 - 12 + 1  # and the last step of the rise
+    lines = side_by_side(before, after)
+    assert len(lines) == 14
+    assert lines[1].split() == ["at", "epoch", "13", "0.0174", "0.0996"]
+    assert lines[-2].split()[:4] == ["at", "epoch", "300", "over"]
+
+
+def test_a_warm_up_is_drawn_epoch_by_epoch() -> None:
+    config = _config(schedule__warmup_epochs=3)
+    curve = rate_curve(config, 10, 0, low_start=False)
+    assert curve.smooth
+    at, rates = zip(*curve.points, strict=True)
+    assert at == (0, 1, 2, 2.9, 81, 122)
+    assert rates == pytest.approx((0.1 / 30, 1.1 / 30, 2.1 / 30, 0.1, 0.01, 0.001))
+    assert not rate_curve(config, 10, 29, low_start=False).smooth
 
 
 def test_only_where_it_changes() -> None:

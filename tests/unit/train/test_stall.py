@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.train.loss_watchers import Chance, Evidence, Stall, gradient_share, note_share
@@ -151,6 +152,22 @@ def test_chance_is_that_of_the_labels() -> None:
     odd = Chance.of(torch.tensor([0] * 75 + [2] * 25))  # a class without pictures counts for nothing
     assert odd.error_pct == pytest.approx(25)
     assert odd.loss == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+
+
+def test_chance_of_smoothed_labels_is_the_least_loss_of_one_answer_for_all() -> None:
+    labels = torch.tensor([0] * 70 + [2] * 30)
+    answer = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    best = torch.optim.LBFGS([answer], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def loss() -> torch.Tensor:
+        best.zero_grad()
+        out = F.cross_entropy(answer.expand(100, 4), labels, label_smoothing=0.2)
+        out.backward()
+        return out
+
+    best.step(loss)  # type: ignore[arg-type]
+    assert Chance.of(labels, 4, 0.2).loss == pytest.approx(loss().item(), rel=1e-9)
+    assert Chance.of(labels, 4).loss == Chance.of(labels).loss
 
 
 @pytest.mark.parametrize("stop", [False, True])
