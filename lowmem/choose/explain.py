@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowmem.choose.request import INSIDE, Choice
 from lowmem.core.units import counted, format_size
+from lowmem.models.freezing import thawed
 from lowmem.plan import picture
 from lowmem.plan.hosting import HostSolver
 from lowmem.plan.record import Plan
+from lowmem.simulate import simulate_step
 
 _KINDS = {
     "params": "parameters and buffers",
@@ -39,7 +43,21 @@ def explain(choice: Choice) -> list[str]:
         f"{format_size(plan.predicted.peak_allocated_bytes)} of tensors under a budget of "
         f"{format_size(plan.budget_bytes)}; plain PyTorch takes {format_size(plain.peak_allocated_bytes)}",
         f"cost: {cost(plan)}; {picture.in_short(plan.schedule)}{_waiting(choice)}",
+        *(f"frozen: {line}" for line in _frozen(choice)),
     ]
+
+
+def _frozen(choice: Choice) -> list[str]:
+    """What is not trained, and what keeps nothing for that."""
+    parameters, names, count = list(choice.shape.model.parameters()), choice.plan.stages, choice.chain.unreached
+    frozen = sum(one.numel() for one in parameters if not one.requires_grad)
+    if not frozen:
+        return []
+    said = f"{frozen:,} of {sum(one.numel() for one in parameters):,} parameters, without gradient and momentum"
+    if not count:
+        return [f"{said}; the backward pass goes through all stages"]
+    first = names[0] if count == 1 else f"{names[0]} to {names[count - 1]}"
+    return [f"{said}; {first}, {count} of {len(names)} stages, keep nothing: the backward pass does not come there"]
 
 
 def _waiting(choice: Choice) -> str:
@@ -140,6 +158,10 @@ def in_full(choice: Choice) -> str:
         "tensors at the peak of a step": predicted.peak_allocated_bytes,
         "plain PyTorch, for comparison": plain.peak_allocated_bytes,
     }
+    if frozen := _frozen(choice):
+        shape = replace(choice.shape, model=thawed(choice.shape.model))
+        whole = simulate_step(shape, None, choice.rates, workspace=choice.steps.workspace)
+        sizes["plain PyTorch, with nothing frozen"] = whole.estimate.peak_allocated_bytes
     if predicted.host_bytes:
         sizes["wait in host memory meanwhile"] = predicted.host_bytes
     if predicted.device_bytes is not None:
@@ -151,6 +173,7 @@ def in_full(choice: Choice) -> str:
     unneeded = fits and not flops and plan.exact
     if not unneeded:
         lines.append(_STEP + (_REMATERIALIZATION.format(flops / 1e9) if flops else _ALL_KEPT))
+    lines += [f"Frozen: {line}." for line in frozen]
     lines += _in_host_memory(choice)
     if fits:
         the = "The" if unneeded else "Here the"

@@ -22,6 +22,7 @@ from rich.text import Text
 from lowmem.cli.layout import fold, room
 from lowmem.cli.terminal import clock, describe_epoch, describe_event, event_line, joined
 from lowmem.config.schema import Config
+from lowmem.config.sources import OWN, path_in
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_loss, format_size
@@ -184,8 +185,8 @@ def facts(live: Live) -> list[tuple[str, str]]:
         "error": describe_errors(live),
         "speed": None if live.images_per_second is None else f"{live.images_per_second:,.0f} images/s",
         "memory": _memory(live),
-        "card": describe_card(live.card),
         "host": live.host_bytes and _host(live.host_bytes, live.hidden_share),
+        "card": describe_card(live.card),
         "saved": saved and f"step {shorten(saved.detail.get('step'), 20)} at {clock(saved)}",
     }
     if live.running and quiet is not None and quiet >= _QUIET_FROM_SECONDS:
@@ -204,9 +205,9 @@ def describe_state(live: Live) -> str:
 def _settings(config: Config) -> str:
     """What is trained on what, in one line."""
     model, train, source = config.model, config.train, config.data.source
-    if source.startswith("folder:"):
-        source = f"folder {Path(source.removeprefix('folder:')).name}"
-    seen = f"{source} at {config.data.image_size}x{config.data.image_size}"
+    if source.startswith(OWN):
+        source = f"{source.partition(':')[0]} {Path(path_in(source)).name}"
+    seen = f"{source} at {config.data.image_size}x{config.data.image_size}{' in grey' * (config.data.channels == 1)}"
     return shorten(f"{model.words} on {seen}, batch {train.batch}, {train.precision}, {train.device}")
 
 
@@ -240,6 +241,12 @@ def _memory(live: Live) -> str:
     )
 
 
+def _host(size: int, hidden: float | None) -> str:
+    """What waits in host memory."""
+    share = "" if hidden is None else f"; {hidden:.0%} of the transfer hidden (predicted)"
+    return f"{format_size(size)} wait in host memory, moved out and back each step{share}"
+
+
 def describe_card(load: Mapping[str, float]) -> str:
     """How it works, from the columns of metrics.csv that are known."""
     units = {"temperature_c": "°C", "power_watts": "W", "clock_mhz": "MHz", "utilization_pct": "% busy"}
@@ -248,12 +255,6 @@ def describe_card(load: Mapping[str, float]) -> str:
         why = ", ".join(throttled_by(int(load.get("gpu_throttle_reasons", 0)))) or "?"
         known.append(f"held back {throttled:.0f} % of the time ({why})")
     return ", ".join(known)
-
-
-def _host(size: int, hidden: float | None) -> str:
-    """What waits in host memory."""
-    share = "" if hidden is None else f"; {hidden:.0%} of the transfer hidden (predicted)"
-    return f"{format_size(size)} wait in host memory, moved out and back each step{share}"
 
 
 def describe_errors(live: Live) -> str:

@@ -36,7 +36,7 @@ from lowmem.lifecycle.run_identity import (
     refuse_edited,
 )
 from lowmem.models import hashes_of
-from lowmem.models.weights import InitialWeights, Placed, place, pretrained_file, read_initial
+from lowmem.models.weights import InitialWeights, Placed, pretrained_file, read_initial
 from lowmem.plan.record import Plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
@@ -141,7 +141,7 @@ class New:
         PreflightError."""
         group, mine, self._initial = trainer.group, self._initial, None
         tensors = group.share_tensors(None if mine is None else mine.tensors)
-        placed = group.together(lambda: place(tensors, trainer.model, self._begins_with))
+        placed = group.together(lambda: trainer.begin_with(tensors, self._begins_with))
         for line in (f"initial weights: {self._begins_with}", *placed.lines()):
             trainer.observer.note(line)
         return placed
@@ -286,7 +286,7 @@ def with_hashes(settings: Settings) -> Settings:
     """With what a run records of the file of its network, which is run here for the first time. Hashes that the
     settings have already stay, and whoever makes the network holds it against them."""
     model = settings.config.model
-    if model.sha256 or not (found := hashes_of(model)):
+    if model.sha256 or not (found := hashes_of(model, settings.config.data.channels)):
         return settings
     return settings.replace({"model.sha256": found}, "its files as they were")
 

@@ -19,7 +19,7 @@ from lowmem.choose.decide import RecordedRun, batch_chosen
 from lowmem.choose.execution import resolve_execution
 from lowmem.config.networks import refuse_changed_files
 from lowmem.config.paths import where_else
-from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OWN_NETWORK, Config, flatten
+from lowmem.config.schema import OF_THE_WEIGHTS, ONLY_AT_THE_BEGINNING, OWN_NETWORK, Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import shorten
@@ -128,7 +128,7 @@ def check(old: Config, new: Config, *, named: bool = False) -> Changes:
                 "model.sha256 is recorded, and cannot be set in a fork: name the network with --model, and its files "
                 "are taken as they are"
             )
-        if key.startswith("model.") and key not in OWN_NETWORK:
+        if (key.startswith("model.") and key not in OWN_NETWORK) or key in OF_THE_WEIGHTS:
             raise UsageError(
                 f"{key} cannot become {after[key]!r} in a fork: the weights are for {before[key]!r} only; "
                 "start a new run with `lowmem train`"

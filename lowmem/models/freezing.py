@@ -9,6 +9,7 @@ mode it would go on with the statistics of each batch, and the part that is call
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -42,6 +43,15 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         if isinstance(module, _BatchNorm) and own and not any(one.requires_grad for one in own):
             module.eval()
             module.train = _stay  # type: ignore[method-assign, assignment]
+
+
+def thawed(model: nn.Module) -> nn.Module:
+    """A copy with nothing frozen."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    for module in model.modules():
+        if module.__dict__.get("train") is _stay:
+            del module.train
+    return model.train()
 
 
 def _stay(mode: bool = True) -> None:

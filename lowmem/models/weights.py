@@ -22,6 +22,7 @@ from lowmem.config.networks import split_spec
 from lowmem.core.errors import PreflightError, first_line
 from lowmem.core.reading import shorten
 from lowmem.core.units import aligned
+from lowmem.models.source import of_torchvision
 
 _PREFIXES = ("module.", "model.", "module.model.", "_orig_mod.")  # DataParallel, Lightning, both, torch.compile
 _WRAPPED = ("state_dict", "model_state_dict", "model")  # where training scripts put it, beside an optimizer's and more
@@ -67,15 +68,14 @@ def read_initial(file: Path) -> InitialWeights:
 
 
 def pretrained_file(spec: str, phase: Callable[[str], object]) -> Path:
-    """Of torchvision's DEFAULT weights of its network, in torch hub's cache, downloaded where they are missing. Raises
+    """Of torchvision's DEFAULT weights of its network, in torch hub's cache, downloaded where they are missing; what is
+    there already is taken as it is, as torch hub does. Raises UsageError for a network that it has not,
     PreflightError."""
-    from torchvision import models
+    from torchvision.models import get_model_weights
 
     name = split_spec(spec)[1]
-    kinds = list(models.get_model_weights(name))
-    if not kinds:
-        raise PreflightError(f"torchvision has no pretrained weights of {name}: give --init a file or a run")
-    url = str(models.get_model_weights(name).DEFAULT.url)
+    of_torchvision(name)
+    url = str(get_model_weights(name).DEFAULT.url)  # all that classify have some
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
     if not file.is_file():
         phase(f"downloading {url}")

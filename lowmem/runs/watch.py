@@ -90,8 +90,8 @@ class Live:
         self.peak_bytes = last.peak_allocated_bytes or measured
         self.device_bytes = last.device_used_bytes or self._told("device_used_bytes", "progress")
         self.budget_bytes = self._view.budget_bytes
-        self.card = self._card_load()
         self.host_bytes, self.hidden_share = self._view.in_host_memory
+        self.card = self._card_load()
         self.elapsed_seconds, self.seconds_left = last.elapsed_seconds, self._seconds_left()
         quiet = quiet_seconds(self.path)
         self.quiet_seconds = quiet if math.isfinite(quiet) else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.distributed.group import Group, Split
 from lowmem.measure.out_of_memory import Failure
 from lowmem.plan.cost import Rates
@@ -96,7 +96,7 @@ class StepSimulator:
     on the same outlines: between two steps there are parameters, buffers and what the optimizer keeps, as at first."""
 
     def __init__(self, shape: StepShape, workspace: Callable[[Call], int] | None = None) -> None:
-        self.shape, self._workspace = shape, workspace
+        self.shape, self.workspace = shape, workspace
         self._run: StepRun | None = None
         self._recorder = Recorder(workspace)
         self._begun = (0, 0, 0)  # the recorder's mark of where a step begins
@@ -105,7 +105,7 @@ class StepSimulator:
     def simulate(self, schedule: Schedule, rates: Rates, capacity_bytes: int | None = None) -> Simulated:
         """See `simulate_step`."""
         if self._run is None or self.shape.joint:  # what is summed over processes keeps notes from step to step
-            self._run, self._recorder = None, Recorder(self._workspace)
+            self._run, self._recorder = None, Recorder(self.workspace)
         with OutlineMode(), self._recorder:
             run, self._run = self._prepared(schedule), None
             _run_recorded(self._recorder, run, 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.step.data_parallel import DataParallelStep
 
 FUSED: Mapping[str, bool] = {"fused": True}
@@ -127,6 +127,14 @@ def _move_means(share: float, optimizer: torch.optim.Optimizer, *_: object) -> N
     """As `torch.optim.swa_utils.get_ema_multi_avg_fn` does, in place."""
     means = [slots[EMA] for slots in optimizer.state.values()]
     torch._foreach_lerp_(means, list(optimizer.state), share)
+
+
+@torch.no_grad()
+def restart_means(optimizer: torch.optim.Optimizer) -> None:
+    """Of weights that have other values now, from these on."""
+    for parameter, slots in optimizer.state.items():
+        if EMA in slots:
+            slots[EMA].copy_(parameter)
 
 
 @contextmanager

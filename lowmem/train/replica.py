@@ -20,6 +20,7 @@ from lowmem.data import AnyPictures, Dataset, TrainBatches, eval_batches
 from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.measure import Meter
 from lowmem.models.resnet import ResNet, check_memory_format
+from lowmem.models.weights import Placed, place
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, stage_names
@@ -39,6 +40,7 @@ from lowmem.step.train_step import (
     make_optimizer,
     make_scaler,
     mean_weights,
+    restart_means,
 )
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
@@ -157,6 +159,12 @@ class Replica:
         for rank, plan in enumerate(self.group.gather(None if self.plan is None else self.plan.to_json())):
             if plan is not None:
                 folder.update_plan(plan, rank)
+
+    def begin_with(self, tensors: Mapping[str, Tensor], source: str) -> Placed:
+        """Before the first step: weights that are not new (`lowmem.models.weights`). Raises PreflightError."""
+        placed = place(tensors, self.model, source)
+        restart_means(self.step.optimizer)
+        return placed
 
     def checkpoint(self) -> Checkpoint:
         """The run as it is now, on the CPU."""

@@ -11,6 +11,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def _shares(group: Group) -> tuple[tuple[int, ...], ...]:
 
 def _step(t: Trainer, epoch: int, step: int, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:
     """The gradients before the update, and the sums of losses and wrong predictions."""
-    images, labels, size = t.next_batch(epoch, step)
+    images, labels, size, _ = t.next_batch(epoch, step)
     found: dict[str, Tensor] = {}
 
     def look() -> None:
@@ -85,7 +87,7 @@ def gradients_are_the_sum_of_the_slices(group: Group) -> None:
                 small.trainer(Group(), small.config(), data),
             )
             gradients, totals = _step(ours, 0, step)
-            images, labels, size = whole.next_batch(0, step)
+            images, labels, size, _ = whole.next_batch(0, step)
             statistics: dict[str, Tensor] = {}
             summed: dict[str, Tensor] = {}
             sums = torch.zeros(2, dtype=torch.float64)
@@ -129,6 +131,28 @@ def norms_over_all_pictures_equal_one_process(group: Group) -> None:
         for name, tensor in ours.model.state_dict().items():
             torch.testing.assert_close(tensor, one.model.state_dict()[name], rtol=1e-8, atol=1e-12)
         assert are_alike(group, ours.model)
+
+
+def frozen_parts_are_left_alone(group: Group) -> None:
+    """Whole stages at the beginning, norms in others: nothing of them is summed or moves, and with --sync-bn the rest
+    is that of one process, to rounding."""
+    data = small.dataset(pictures=2 * small.BATCH + 3)
+    frozen = ("conv1", "bn1", "layer1", "layer2.0.bn1", "layer3.*.bn2", "layer2.1.conv2")
+    for sync_bn, shares in product((False, True), _shares(group)):
+        settings = small.config(sync_bn=sync_bn, freeze=frozen)
+        ours = small.trainer(group, settings, data, Split(shares, group.rank), dtype=torch.float64)
+        one = small.trainer(Group(), settings, data, dtype=torch.float64)
+        before = {name: tensor.clone() for name, tensor in ours.model.state_dict().items()}
+        for step in range(3):
+            gradients, _ = _step(ours, 0, step, torch.float64)
+            expected, _ = _step(one, 0, step, torch.float64)
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items() if sync_bn else ():
+                scale = float(expected[name].abs().max())
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10 * scale)
+        assert are_alike(group, ours.model)
+        stays = {name for name, tensor in ours.model.state_dict().items() if torch.equal(tensor, before[name])}
+        assert stays == {name for name in before if any(fnmatch(name, f"{pattern}*") for pattern in frozen)}
 
 
 def gradients_are_summed_once_and_during_the_backward_pass(group: Group) -> None:
@@ -178,7 +202,7 @@ def mixed_precision_channels_last_and_micro_batches(group: Group) -> None:
         sums = torch.zeros(2, dtype=torch.float64)
         for rank in range(group.size):
             alone = small.trainer(Group(), settings, data)
-            images, labels, size = alone.next_batch(0, step)
+            images, labels, size, _ = alone.next_batch(0, step)
             first, past = split.part(size, rank)
             if first == past:
                 continue
@@ -258,6 +282,7 @@ CHECKS: dict[str, Check] = {
         gradients_are_the_sum_of_the_slices,
         mixed_precision_channels_last_and_micro_batches,
         norms_over_all_pictures_equal_one_process,
+        frozen_parts_are_left_alone,
         gradients_are_summed_once_and_during_the_backward_pass,
         weights_that_come_apart_are_seen,
         simulated_memory_is_what_a_step_takes,
@@ -277,6 +302,7 @@ BY_FOUR = (
     "what_one_says_all_hear",
     "gradients_are_the_sum_of_the_slices",
     "norms_over_all_pictures_equal_one_process",
+    "frozen_parts_are_left_alone",
 )
 
 

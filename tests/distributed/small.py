@@ -8,6 +8,7 @@ from lowmem.config.schema import Config
 from lowmem.data import Dataset, Pictures
 from lowmem.distributed.group import Group, Split
 from lowmem.models import build
+from lowmem.models.freezing import freeze
 from lowmem.plan.policy import LEAN, Keep, Schedule, Segment, keep, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import decompose, stage_names
@@ -69,4 +70,5 @@ def trainer(
 ) -> Trainer:
     spec = settings.model
     model = build(spec.arch, spec.block, width=spec.width, num_classes=10, seed=1).to(dtype)
+    freeze(model, settings.train.freeze)
     return Trainer(settings, model, data, Observer(), plan, group, split)

@@ -185,7 +185,7 @@ def simulated_memory_is_what_a_step_takes(group: Group) -> None:
             alone = simulate_step(replace(shape, joint=False), schedule, rates).estimate.peak_tensor_bytes
             assert predicted >= alone
             undo, meter = Undo(t.step, t.model), TensorMeter()
-            images, labels, size = t.next_batch(0, 0)
+            images, labels, size, _ = t.next_batch(0, 0)
             state = [slots["momentum_buffer"] for slots in t.optimizer.state.values()]
             meter.adopt((*t.model.parameters(), *t.model.buffers(), *state, *undo.copies, images, labels))
             with meter:

@@ -37,10 +37,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "cutout": ("data.cutout=9",),
     "random_erasing": ("data.random_erasing=0.6",),
     "mixup": ("data.mixup=0.4",),
+    "freeze": ("train.freeze=[conv1, bn1, layer1*, layer3.1.bn2]",),
 }
 # Several at once, which is quick.
 TOGETHER: dict[str, tuple[str, ...]] = {
-    "sgd": (*ROWS["nesterov"], *ROWS["clip_norm"], *ROWS["ema"], *ROWS["one-cycle"], *ROWS["cutout"]),
+    "sgd": (*ROWS["nesterov"], *ROWS["clip_norm"], *ROWS["ema"], *ROWS["one-cycle"], *ROWS["cutout"], *ROWS["freeze"]),
     "all": (
         *ROWS["adamw"],
         *ROWS["decay_norms"],
@@ -112,7 +113,8 @@ def in_several_processes(folder: Path, names: list[str]) -> None:
     for row in names:
         run_training(tiny(*settings_of(row)), folder / row / "whole")
         run_training(tiny(*settings_of(row), f"train.max_steps={IN_AN_EPOCH}"), folder / row / "run")
-        resume_training(folder / row / "run", {"train.max_steps": None})
+        # Named, so that the next row's process need not take a card again.
+        resume_training(folder / row / "run", {"train.max_steps": None, "train.device": "cpu"})
 
 
 @rows

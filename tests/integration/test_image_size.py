@@ -131,7 +131,7 @@ def trained(replica: Replica, steps: range) -> list[Tensor]:
     undo, losses = Undo(replica.step, replica.model), []
     for step in steps:
         epoch, within = divmod(step, replica.batches.steps_per_epoch)
-        images, labels, size = replica.next_batch(epoch, within)
+        images, labels, size, _ = replica.next_batch(epoch, within)
         assert tuple(images.shape) == (len(labels), 3, 64, 64)
         losses.append(undo.attempt(lambda: replica.step(images, labels, 0.1, None, size)))  # noqa: B023 (called at once)
         replica.state.step += 1
