@@ -136,19 +136,20 @@ def _evaluate(
     network: LoadedRun, run: RunView, config: Config, tests: TestSet, own: bool, tell: Observer
 ) -> Evaluation:
     execution, parts = prepare_execution(network), evaluation_parts(run, config, len(tests.pictures))
-    scores, columns = [], []
+    scores, columns, sizes = [], [], []
     for first, past, batch in parts:
         part, what = tests.pictures.part(first, past), f"evaluating {run.path.name}"
         if past > first:
-            score, seen = within_memory(partial(_score, network, execution, part, tell, what), batch, tell)
+            score, seen, size = within_memory(partial(_score, network, execution, part, tell, what), batch, tell)
             scores.append(astuple(score))
             columns.append(seen)
+            sizes.append(size)
     total = Score(*map(sum, zip(*scores, strict=True)))
     every: Any = map(np.concatenate, zip(*columns, strict=True))
     info, row = network.info, None
     if own and network.weights.parent == run.path / "weights":
         row = next((row for row in run.epochs if (row.epoch, row.step) == (info.epoch, info.step)), None)
-    return Evaluation(run, network.weights, info, tests, execution, parts[0][2], total, row, *every)
+    return Evaluation(run, network.weights, info, tests, execution, max(sizes), total, row, *every)
 
 
 def _read_pictures(config: Config, own: bool, tell: Observer) -> tuple[TestSet, str | None]:
@@ -185,8 +186,8 @@ def _in_order(found: TestSet, network: LoadedRun, path: Path) -> TestSet:
 
 def _score(
     network: LoadedRun, execution: Execution, pictures: AnyPictures, tell: Observer, what: str, size: int
-) -> tuple[Score, list[NDArray[Any]]]:
-    """And of each picture what an `Evaluation` has last."""
+) -> tuple[Score, list[NDArray[Any]], int]:
+    """And of each picture what an `Evaluation` has last; and the size."""
     columns: list[list[Tensor]] = []
 
     def look(logits: Tensor, labels: Tensor) -> None:
@@ -206,4 +207,4 @@ def _score(
     batches = eval_batches(pictures, size, info.mean, info.std, network.device, execution.torch_memory_format)
     score = evaluate(network.model, batches, execution, going_on, look)
     assert score is not None
-    return score, [torch.cat(one).numpy() for one in zip(*columns, strict=True)]
+    return score, [torch.cat(one).numpy() for one in zip(*columns, strict=True)], size
