@@ -55,6 +55,8 @@ def show_evaluation(
     lines = [*_summary(found, columns), ""]
     if len({one.classes for one in found}) == 1:
         lines += [*_by_class(found, columns), ""]
+    else:
+        lines += ["the runs tell apart different classes: each one's are in its evaluation.json", ""]
     lines += [printable(f"{one.run.path}: {_difference(one)}") for one in found if one.as_recorded is False]
     lines += [
         printable(f"written: {folder}/: evaluation.json, predictions.csv, confusion.png, worst.png")
