@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from lowmem.config.schema import ModelConfig, OptimConfig
+from lowmem.config.optimization import OptimConfig
+from lowmem.config.schema import ModelConfig
 from lowmem.measure import Meter
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter

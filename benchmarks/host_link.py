@@ -47,9 +47,10 @@ from lowmem.core.units import MIB
 from lowmem.models import build
 from lowmem.plan.cost import ChainCost
 from lowmem.plan.evaluate import Solution, evaluate
-from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates
+from lowmem.plan.hosting import HostSolver, HostTerms
 from lowmem.plan.policy import Schedule
 from lowmem.plan.solver import Solver
+from lowmem.plan.timeline import LinkRates
 from lowmem.remat import apply_plan
 from lowmem.remat.links import CpuLink, Passing, Slab
 from lowmem.simulate import OutlineMode, Recorder, Simulated, StepShape, StepSimulator, empty_copy, simulate_step

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.data import TrainBatches, eval_batches, load
 from lowmem.data.batches import epoch_order
 from lowmem.data.cutting import crop_boxes

@@ -34,8 +34,9 @@ from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, MIB, format_size
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
-from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates
+from lowmem.plan.hosting import HostSolver, HostTerms
 from lowmem.plan.solver import Solver
+from lowmem.plan.timeline import LinkRates
 from lowmem.simulate import Simulated, StepShape, StepSimulator, simulate_step
 
 NAME = "plan_targets"

@@ -108,7 +108,8 @@ def assert_same_tensors(left: Path, right: Path) -> None:
 
 
 MEASURED = frozenset(
-    {name for name in EPOCH_TABLE.names if name.endswith("_bytes")} | {"images_per_second", "elapsed_seconds"}
+    {name for name in EPOCH_TABLE.names if name.endswith("_bytes") or name.startswith("gpu_")}
+    | {"images_per_second", "elapsed_seconds"}
 )
 
 

@@ -18,6 +18,8 @@ from lowmem.remat.operation import PassState
 def corrupts(conv: nn.Conv2d, x: Tensor, low: torch.dtype | None) -> bool:
     """Whether the library would, computed with `x` under autocast to `low`. It looks at the strides of both operands:
     of a 1x1 convolution's weight, too."""
+    if torch.jit.is_tracing():
+        return False  # sizes are tensors then, and no backward pass follows, which is what writes past its buffers
     real = x.device.type == "cpu" and not is_outline(x)
     if not real or low is not None or x.dtype != torch.float32 or x.dim() != 4 or not unsafe_convolutions(conv):
         return False

@@ -129,7 +129,15 @@ def _imported_modules(path: Path) -> set[str]:
     return modules
 
 
-@pytest.mark.parametrize(("library", "module"), [("pynvml", "measure/nvml.py"), ("tensorboard", "runs/event_files.py")])
+@pytest.mark.parametrize(
+    ("library", "module"),
+    [
+        ("pynvml", "measure/nvml.py"),
+        ("tensorboard", "runs/event_files.py"),
+        ("onnx", "inference/export.py"),
+        ("onnxruntime", "inference/export.py"),
+    ],
+)
 def test_only_one_module_knows_an_optional_library(library: str, module: str) -> None:
     knowing = {path.relative_to(PACKAGE).as_posix() for path in FILES if library in _imported_modules(path)}
     assert knowing == {module}

@@ -16,7 +16,7 @@ from benchmarks.peers.task import Found, Impossible, Stepper, Task, loader, netw
 from benchmarks.peers.ways import ROWS
 from lowmem.choose.request import REFERENCE_CARD, card_rates
 from lowmem.config.cards import load_card
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.units import MIB
 from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.models import skeleton

@@ -69,6 +69,7 @@ class Predictor:
 
     def _choice(self, cell: Cell) -> Choice:
         """Of the engine. Raises Infeasible."""
+        host = cell.family == ENGINE_HOST
         match cell.budget:
             case None:
                 return self.plan(cell.mode, cell.batch, self.budget(cell.memory_bytes))
@@ -77,14 +78,14 @@ class Predictor:
             case float():
                 size = int(cell.budget * self._plain_peak(cell.mode))
             case _:
-                size = self._least_bytes(cell.mode, cell.batch)
+                size = self._least_bytes(cell.mode, cell.batch, host=host)
                 for _ in range(_LEAST_TRIES):
                     try:
-                        return self.plan(cell.mode, cell.batch, self._tensors(size))
+                        return self.plan(cell.mode, cell.batch, self._tensors(size), host=host)
                     except Infeasible as error:
                         # What the solver alone said; the whole step, with the allocator's segments, takes a bit more.
                         size = max(size + 1, error.least_bytes)
-        return self.plan(cell.mode, cell.batch, self._tensors(size), host=cell.family == ENGINE_HOST)
+        return self.plan(cell.mode, cell.batch, self._tensors(size), host=host)
 
     # -- plans and ways ------------------------------------------------------------------------------------------------
 
@@ -119,9 +120,9 @@ class Predictor:
                 raise
             raise PreflightError(f"{way} fails for this network ({shorten(error, 200)})") from None
 
-    def _least_bytes(self, mode: Mode, batch: int, measured: bool = True) -> int:
+    def _least_bytes(self, mode: Mode, batch: int, measured: bool = True, *, host: bool = False) -> int:
         try:
-            self.plan(mode, batch, self._tensors(1), measured)
+            self.plan(mode, batch, self._tensors(1), measured, host=host)
         except Infeasible as error:
             return error.least_bytes
         return 1

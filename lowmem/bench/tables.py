@@ -68,8 +68,7 @@ def step_cells(setup: TableSetup, modes: Sequence[tuple[str, str]]) -> list[Cell
         if (precision, layout) == FIRST_MODE:
             library = (one for one in FAMILIES if one not in ENGINES and (one != PLAIN_FREE or setup.on_card))
             engine = [(ENGINE, one) for one in setup.budgets]
-            # Host memory makes steps faster; the least that can be planned is the same.
-            engine += [(ENGINE_HOST, one) for one in setup.budgets if setup.host is not None and one != LEAST]
+            engine += [(ENGINE_HOST, one) for one in setup.budgets if setup.host is not None]
             ways, rounds = [*((one, None) for one in library), *engine], setup.rounds
         for family, budget in ways:
             how: dict[str, Any] = {"precision": precision, "memory_format": layout, "budget": budget}

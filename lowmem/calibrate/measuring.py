@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem import isolate
 from lowmem.calibrate.stage_timer import ChainClock, if_it_fits
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.errors import PreflightError
 from lowmem.core.units import MIB
 from lowmem.measure.timing import time_calls

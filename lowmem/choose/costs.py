@@ -3,6 +3,7 @@ roofline, or as they were measured on the device."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -17,6 +18,7 @@ from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
 from lowmem.plan.front import Result, front
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import traced_chain
+from lowmem.remat.host import grad_may_wait
 from lowmem.remat.stage import Stage
 from lowmem.simulate import Call, OutlineMode, Recorder, StepShape, empty_copy
 from lowmem.simulate.stage import Option, StageMeasure, measure_chain
@@ -83,6 +85,7 @@ class ChainMeasure:
     names: tuple[str, ...]
     run_whole: Mapping[str, str]  # by path ("": all of it) why a module does, though it is no single operation
     stages: tuple[StageMeasure, ...]
+    host_grad_bytes: tuple[int, ...]  # by stage: of gradients that nothing but it adds to
     fixed_bytes: int
     parameter_bytes: int
     accumulates: bool
@@ -117,6 +120,8 @@ def measure_costs(
         for measure in measured:
             measures.append(measure)
             phase(what, len(measures), len(stages))
+        uses = Counter(id(one) for stage in stages for one in stage.parameters())
+        movable = [filter(grad_may_wait, stage.parameters()) for stage in stages]
         optimizer = make_optimizer(model, shape.optim, execution.device)
         step = TrainStep(model, optimizer, make_scaler(execution), execution, shape.micro_batch)
         held = (*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *Undo(step, model).copies)
@@ -124,6 +129,7 @@ def measure_costs(
             names=tuple(stage.name for stage in stages),
             run_whole=chain.leaves,
             stages=tuple(measures),
+            host_grad_bytes=tuple(sum(uses[id(one)] == 1 and one.nbytes for one in stage) for stage in movable),
             fixed_bytes=sum(tensor.nbytes for tensor in held) + x.nbytes * shape.accumulation,
             parameter_bytes=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
             accumulates=shape.accumulation > 1,
@@ -156,7 +162,7 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
         if known:
             scale = sum(took for took, _ in known) / sum(rates.seconds(_plain_work(stage)) for _, stage in known)
 
-    def cost(name: str, stage: StageMeasure) -> StageCost:
+    def cost(name: str, stage: StageMeasure, host_grad_bytes: int) -> StageCost:
         options = []
         for one in stage.options:
             took = seconds(stage, one.option, one.forward_work, one.backward_work, one.restore_work)
@@ -173,13 +179,14 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
             fast_seconds=seconds(stage, FAST, stage.fast_work, ()).forward,
             fast_temp_bytes=stage.fast_temp_bytes,
             param_grad_bytes=0 if measured.accumulates else stage.param_grad_bytes,
+            host_grad_bytes=0 if measured.accumulates else host_grad_bytes,
             reached=stage.reached,
         )
 
     # The gradients of all parameters exist throughout a step that accumulates. The fused update allocates nothing.
     grads = measured.parameter_bytes if measured.accumulates else 0
     return ChainCost(
-        stages=tuple(map(cost, measured.names, measured.stages)),
+        stages=tuple(map(cost, measured.names, measured.stages, measured.host_grad_bytes)),
         output_bytes=measured.stages[-1].output_bytes,
         output_grad_bytes=measured.stages[-1].output_bytes,
         fixed_bytes=measured.fixed_bytes + grads,

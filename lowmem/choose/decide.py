@@ -23,7 +23,7 @@ from lowmem.config.processes import cards_of, for_process
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings
 from lowmem.distributed.group import Group, Split, even_shares
-from lowmem.models import make_network
+from lowmem.models import network_of
 from lowmem.plan.record import Plan
 from lowmem.remat import check_plan, decompose
 
@@ -242,7 +242,7 @@ def _outdated(plans: Sequence[Plan | None], config: Config, classes: int) -> str
     """Why plans that hold cannot be followed by this version, which may divide the network otherwise than the one that
     made them."""
     known = [plan for plan in plans if plan is not None]
-    stages = decompose(make_network(config.model, classes, freeze=config.train.freeze)) if known else ()
+    stages = decompose(network_of(config, classes)) if known else ()
     for plan in known:
         try:
             check_plan(plan, stages)

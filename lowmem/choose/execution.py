@@ -40,7 +40,7 @@ from lowmem.data.pictures import held_bytes
 from lowmem.measure.cuda import torch_build
 from lowmem.measure.nvml import read_driver
 from lowmem.measure.usable import CardFacts, Obstacle
-from lowmem.models import check_network, make_network
+from lowmem.models import check_network, network_of
 from lowmem.models.resnet import check_memory_format, is_safe
 from lowmem.remat.libraries import Numerics, convolutions_in_tf32, prepare_libraries, workspace_cap_bytes
 from lowmem.simulate import StepShape
@@ -89,7 +89,7 @@ def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:
 def _unplanned(config: Config, device: str) -> dict[str, tuple[str, str]]:
     """Precision and memory format where no plan decides, and why."""
     if device == "cpu":
-        safe = is_safe(make_network(config.model), device, "fp32", "channels-last")
+        safe = is_safe(network_of(config), device, "fp32", "channels-last")
         layout = "channels-last", "the faster one on the CPU"
         if not safe:
             layout = "contiguous", "channels-last is not safe on the CPU in a network that is so thin"
@@ -168,7 +168,7 @@ def refuse_unsafe(config: Config) -> None:
     train = config.train
     if train.device == "cuda" and torch.cuda.is_available():
         refuse_bf16(train.precision, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    check_memory_format(make_network(config.model), train.device, train.precision, train.memory_format)
+    check_memory_format(network_of(config), train.device, train.precision, train.memory_format)
 
 
 def refuse_size(config: Config) -> None:
@@ -179,7 +179,7 @@ def refuse_size(config: Config) -> None:
         return
     try:
         with torch.no_grad():
-            make_network(model)(torch.empty(2, *config.data.image_shape, device="meta"))
+            network_of(config)(torch.empty(2, *config.data.image_shape, device="meta"))
     except RuntimeError as error:
         raise UsageError(
             f"{model.arch} takes no pictures of {size}x{size} ({shorten(error, 80)}): give another --image-size, like "
@@ -353,7 +353,7 @@ def request_of(
     if card is not None and config.memory.card is not None:
         refuse_bf16(config.train.precision, card.name, card.capability_pair)
     check_network(config.model, num_classes, config.data.image_shape)
-    model = make_network(config.model, num_classes, freeze=config.train.freeze)
+    model = network_of(config, num_classes)
     if calibrator is not None:
         modes, reasons = by_measurement(config, model, calibrator)
     else:

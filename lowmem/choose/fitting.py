@@ -46,6 +46,8 @@ def fit(
         if found[0].seconds <= solver.solve_alone(budget.tensor_bytes).seconds:
             return found  # the others can only be slower
     except Infeasible as error:
+        if found is not None:
+            return found  # without it nothing fits
         refused = error
     with suppress(Infeasible):
         other = _fit(solver, solver.solve_alone, steps, budget, rates, phase)

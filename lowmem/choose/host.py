@@ -9,7 +9,8 @@ from lowmem.core.errors import PreflightError
 from lowmem.core.units import counted, format_size
 from lowmem.distributed.launch import processes_here
 from lowmem.measure.host import free_host_bytes
-from lowmem.plan.hosting import HostTerms, LinkRates
+from lowmem.plan.hosting import HostTerms
+from lowmem.plan.timeline import LinkRates
 
 
 def host_terms_of(
@@ -21,7 +22,7 @@ def host_terms_of(
     memory = config.memory
     if memory.host == "off":
         return None
-    processes = processes if on_paper else processes_here()
+    alone, processes = processes == 1, processes if on_paper else processes_here()
     if memory.host == "auto":
         free = free_host_bytes()
         if free is None:
@@ -38,7 +39,7 @@ def host_terms_of(
         rates = LinkRates(*ask_link())
     else:
         rates = LinkRates(card.host_bytes_per_second, card.host_bytes_per_second)
-    return HostTerms(rates, limit)
+    return HostTerms(rates, limit, grads=alone)  # other processes add to gradients while the backward goes on
 
 
 def shortage(size: int, processes: int | None = None) -> str | None:

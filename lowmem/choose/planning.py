@@ -19,7 +19,7 @@ from lowmem.choose.execution import by_kind
 from lowmem.choose.fitting import fit
 from lowmem.choose.request import INSIDE, REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
 from lowmem.config.cards import Card, load_card, refuse_bf16
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory

@@ -14,7 +14,7 @@ from torch import nn
 from lowmem.calibrate.calibrator import Calibrator
 from lowmem.calibrate.device import DeviceFacts
 from lowmem.config.cards import Card
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import KIB, MIB

@@ -50,17 +50,22 @@ def _cards(incomplete: str) -> list[str]:
 
 
 def _sources(incomplete: str) -> list[str]:
-    from lowmem.config.paths import PICTURES
-    from lowmem.config.sources import SOURCES
+    from lowmem.config.sources import CSV, FOLDER, SOURCES, path_in
 
-    typed = incomplete.removeprefix(PICTURES)
-    folders = [incomplete.removesuffix(typed) + path for path in _folders(typed, os.path.dirname(typed))]
-    return _beginning(incomplete, SOURCES) + folders
+    typed, folder = path_in(incomplete), os.path.dirname(path_in(incomplete))
+    paths = _folders(typed, folder)
+    if not incomplete.startswith(FOLDER):
+        paths += _there(typed, folder, lambda one: one.is_file() and one.name.lower().endswith(CSV[:-1]))
+    return _beginning(incomplete, SOURCES) + [incomplete.removesuffix(typed) + path for path in paths]
 
 
 def _folders(incomplete: str, folder: str) -> list[str]:
+    return _there(incomplete, folder, lambda one: one.is_dir() and not one.name.startswith("."))
+
+
+def _there(incomplete: str, folder: str, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
     try:
-        names = sorted(one.name for one in os.scandir(folder or ".") if one.is_dir() and not one.name.startswith("."))
+        names = sorted(one.name for one in os.scandir(folder or ".") if wanted(one))
     except OSError:
         return []
     return _beginning(incomplete, (os.path.join(folder, name) for name in names))

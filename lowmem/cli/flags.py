@@ -75,11 +75,6 @@ FLAGS = (
     Flag("--out", "", Path, {
         "reproduce": "Folder of the job; each run and the report are folders in it.",
     }, default=Path("runs/reproduce")),
-    Flag("--weights", "", str, {
-        "evaluate predict": "best, last, or a .safetensors file of such a network's weights.",
-    }, default="best"),
-    Flag("--top", "", int, {"predict": "Classes told of each picture, the most probable first."}, least=1, default=3),
-    Flag("--format", "", str, {"predict": "table, csv, or jsonl: a JSON object a line."}, default="table"),
     Flag("--html", "", bool, {"report": "Also report.html: the same in one file, figures inlined."}),
     Flag("--tensorboard", "", bool, {"report": "Also TensorBoard event files of the runs, beside the report."}),
     Flag("--only", "", str, {"reproduce": "Only these runs this time, like res20,cnn110."}, metavar="RUN,RUN"),
@@ -98,6 +93,19 @@ FLAGS = (
         "watch": "With --once: as JSON.",
         "plan": "Print the plan as JSON; where none fits, all that was tried.",
     }),
+    Flag("--format", "", str, {
+        "export": "onnx (needs the extra onnx), torchscript, or safetensors: the weights alone.",
+    }, metavar="onnx|torchscript|safetensors", default=...),
+    Flag("--format", "", str, {
+        "predict": "A table for people, CSV, or a JSON object a line.",
+    }, metavar="table|csv|jsonl", default="table"),
+    Flag("--top", "", int, {"predict": "Classes told of each picture, the most probable first."}, least=1, default=3),
+    Flag("--out", "", Path, {"export": "The file."}, default=...),
+    Flag("--weights", "", str, {
+        "evaluate predict export": "best, last, or a .safetensors file of such a network's weights.",
+    }, metavar="best|last|FILE", default="best"),
+    Flag("--raw-uint8", "", bool, {"export": "The graph takes uint8 pictures, and normalises them itself."}),
+    Flag("--force", "", bool, {"export": "Replace the file that is there."}),
     Flag("--curve", "", Path, {"plan": "Draw memory against time to this file: .png, .jpg, .svg or .pdf."}),
     # Settings.
     Flag("--arch", "model.arch", str, {
@@ -131,8 +139,8 @@ FLAGS = (
     Flag("--width", "model.width", int, {_STARTS: "Channels of the stem (64)."}),
     Flag("--width", "model.width", int, {"bench": "Channels of the stem (64; quick: 16)."}, least=1),
     Flag("--data", "data.source", str, {
-        "train doctor reproduce": "cifar10, fashion-mnist, shapes or folder:PATH.",
-        "resume": "Where the same pictures are now, like folder:PATH.",
+        "train doctor reproduce": "cifar10, cifar100, fashion-mnist, shapes, folder:PATH or csv:FILE.",
+        "resume": "Where the same pictures are now, like folder:PATH or csv:FILE.",
         "evaluate": "Other pictures of the same classes, like folder:PATH: its test/, or all in class folders.",
     }),
     Flag("--image-size", "data.image_size", int, {
@@ -140,13 +148,13 @@ FLAGS = (
         "bench": "Side of the square pictures that the network sees (32).",
     }, metavar="N"),
     Flag("--data-root", "data.root", str, {
-        "train resume evaluate doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
+        "train resume evaluate doctor reproduce": "Folder that holds, or receives, cifar10, cifar100, fashion-mnist.",
     }),
     Flag("--val-split", "data.val_split", int, {
         "train doctor": "Hold back this many training pictures to choose weights on.",
     }),
     Flag("--test-split", "data.test_split", float, {
-        "train doctor reproduce": "Of a folder without test/: test on this many pictures, or this share, like 0.2.",
+        "train doctor reproduce": "Where no pictures are named for it: test on this many, or this share, like 0.2.",
     }, metavar="N"),
     Flag("--skip-damaged", "data.skip_damaged", bool, {
         "train evaluate doctor reproduce": "Go on without files that are no pictures or are damaged, and record which.",

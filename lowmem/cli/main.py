@@ -8,8 +8,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -210,6 +209,21 @@ def predict(
 
 
 @command
+def export(
+    run: Annotated[Path, _runs("A run folder, or a .safetensors file of its weights.")],
+    format: str,
+    out: Path,
+    weights: str,
+    raw_uint8: bool,
+    force: bool,
+) -> None:
+    """Write a trained network for other programs: ONNX, TorchScript or safetensors, compared before it is there."""
+    from lowmem.cli.show import show_export
+
+    show_export(run, format, out, weights, raw_uint8, force)
+
+
+@command
 def plan(given: Given, recalibrate: bool, json: bool, curve: Path | None) -> None:
     """What would be chosen for a budget and why; needs no GPU."""
     settings = given.settings()
@@ -277,6 +291,7 @@ def bench(
     if len(batch) > 1:
         raise UsageError("there is one batch: give --batch once")
     flags = {**given.flags, "train.batch": batch[0] if batch else None}
+    from lowmem.cli.terminal import loading_torch
     from lowmem.config.settings import gather
     from lowmem.runs.folder import refuse_unwritable
 
@@ -286,7 +301,7 @@ def bench(
     if suite is None:
         if cells is not None:
             raise UsageError("--cells are those of a suite: give --suite acceptance, or leave --cells out")
-        with _loading_torch():
+        with loading_torch():
             from lowmem.cli.show_bench import show_bench
 
         show_bench(flags, steps=steps, rounds=rounds, budgets=budgets, quick=quick, minutes=minutes, out=out)
@@ -299,7 +314,7 @@ def bench(
         raise UsageError(f"{', '.join(ignored)}: not of the suite; leave it out, or leave --suite out")
     if out is None:
         raise UsageError("a suite writes its results: give --out a folder, like --out acceptance")
-    with _loading_torch():
+    with loading_torch():
         from lowmem.cli.show_bench import show_acceptance
 
     show_acceptance(flags, steps=steps or 10, cells=cells, minutes=minutes, out=out)
@@ -337,15 +352,6 @@ def reproduce_run() -> None:
         with shown.loading("torch"):
             from lowmem.reproduce.check import work
         raise typer.Exit(work(request, shown, run_training, resume_training))
-
-
-@contextmanager
-def _loading_torch() -> Iterator[None]:
-    """Around what imports it, for a command whose result goes to standard output."""
-    from lowmem.cli.terminal import observer
-
-    with observer("stderr") as shown, shown.loading("torch"):
-        yield
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

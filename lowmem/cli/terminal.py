@@ -271,3 +271,10 @@ def observer(stream: str = "stdout") -> Iterator[Observer]:
         return
     with closing(TerminalObserver(stream)) as shown:
         yield shown
+
+
+@contextmanager
+def loading_torch() -> Iterator[None]:
+    """Around what imports it, for a command whose result goes to standard output."""
+    with observer("stderr") as shown, shown.loading("torch"):
+        yield

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +22,11 @@ from rich.text import Text
 from lowmem.cli.layout import fold, room
 from lowmem.cli.terminal import clock, describe_epoch, describe_event, event_line, joined
 from lowmem.config.schema import Config
+from lowmem.config.sources import OWN, path_in
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_loss, format_size
+from lowmem.measure.nvml import throttled_by
 from lowmem.runs.folder import refuse_links, run_folders
 from lowmem.runs.lock import lock_decides, read_owner, writer_of
 from lowmem.runs.rows import Event
@@ -184,6 +186,7 @@ def facts(live: Live) -> list[tuple[str, str]]:
         "speed": None if live.images_per_second is None else f"{live.images_per_second:,.0f} images/s",
         "memory": _memory(live),
         "host": live.host_bytes and _host(live.host_bytes, live.hidden_share),
+        "card": describe_card(live.card),
         "saved": saved and f"step {shorten(saved.detail.get('step'), 20)} at {clock(saved)}",
     }
     if live.running and quiet is not None and quiet >= _QUIET_FROM_SECONDS:
@@ -202,9 +205,9 @@ def describe_state(live: Live) -> str:
 def _settings(config: Config) -> str:
     """What is trained on what, in one line."""
     model, train, source = config.model, config.train, config.data.source
-    if source.startswith("folder:"):
-        source = f"folder {Path(source.removeprefix('folder:')).name}"
-    seen = f"{source} at {config.data.image_size}x{config.data.image_size}"
+    if source.startswith(OWN):
+        source = f"{source.partition(':')[0]} {Path(path_in(source)).name}"
+    seen = f"{source} at {config.data.image_size}x{config.data.image_size}{' in grey' * (config.data.channels == 1)}"
     return shorten(f"{model.words} on {seen}, batch {train.batch}, {train.precision}, {train.device}")
 
 
@@ -242,6 +245,16 @@ def _host(size: int, hidden: float | None) -> str:
     """What waits in host memory."""
     share = "" if hidden is None else f"; {hidden:.0%} of the transfer hidden (predicted)"
     return f"{format_size(size)} wait in host memory, moved out and back each step{share}"
+
+
+def describe_card(load: Mapping[str, float]) -> str:
+    """How it works, from the columns of metrics.csv that are known."""
+    units = {"temperature_c": "°C", "power_watts": "W", "clock_mhz": "MHz", "utilization_pct": "% busy"}
+    known = [f"{load[f'gpu_{name}']:,.0f} {unit}" for name, unit in units.items() if f"gpu_{name}" in load]
+    if throttled := load.get("gpu_throttled_pct"):
+        why = ", ".join(throttled_by(int(load.get("gpu_throttle_reasons", 0)))) or "?"
+        known.append(f"held back {throttled:.0f} % of the time ({why})")
+    return ", ".join(known)
 
 
 def describe_errors(live: Live) -> str:
@@ -305,7 +318,7 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
 _AS_IT_IS = (
     "state", "running", "epoch", "epochs", "step", "step_in_epoch", "steps_per_epoch", "lr", "images_per_second",
     "peak_bytes", "device_bytes", "budget_bytes", "host_bytes", "hidden_share", "elapsed_seconds", "seconds_left",
-    "quiet_seconds",
+    "quiet_seconds", "card",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OPERATIONAL, OWN_NETWORK, Config
+from lowmem.config.schema import OF_THE_WEIGHTS, ONLY_AT_THE_BEGINNING, OPERATIONAL, OWN_NETWORK, Config
 from lowmem.config.sections import CardMemory, Size, TensorMemory
 
 _CLOSE = 0.75  # of two spellings, from which on one may be meant by the other
@@ -78,7 +78,8 @@ def _settings(section: type[BaseModel], prefix: str, defaults: dict[str, Any]) -
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _settings(kind, f"{name}.", defaults[own])
             continue
-        on_fork = name in OWN_NETWORK[:2] or not (name.startswith("model.") or name in ONLY_AT_THE_BEGINNING)
+        fixed = name.startswith("model.") or name in ONLY_AT_THE_BEGINNING | OF_THE_WEIGHTS
+        on_fork = name in OWN_NETWORK[:2] or not fixed
         choices = tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
         meaning, words = field.description or "", _kind(field)
         yield Setting(name, defaults[own], words, choices, meaning, name in OPERATIONAL, on_fork)
@@ -93,7 +94,7 @@ def _kind(field: FieldInfo) -> str:
         if option is type(None):
             words.append("null")
         elif get_origin(option) is Literal:
-            words.append(either(get_args(option)))
+            words.append(either([str(value) for value in get_args(option)]))
         elif get_origin(option) is dict:
             words.append("a mapping like {name: value}")
         elif get_origin(option) is tuple:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lowmem.config.schema import Config, flatten
 from lowmem.config.settings import Settings
+from lowmem.config.sources import OWN, path_in
 
-PICTURES = "folder:"  # what a `data.source` begins with that is a path
 # Settings that may be paths, and what tells.
-_PATHS = (
-    ("data.source", PICTURES, ""),
+_PATHS: tuple[tuple[str, str, str | tuple[str, ...]], ...] = (
+    *(("data.source", begins, "") for begins in OWN),
     ("data.root", "", ""),
     ("data.cache", "", ""),
     ("memory.card", "", (".yaml", ".yml")),
@@ -21,9 +21,9 @@ _PATHS = (
 
 
 def folder_of(source: str) -> Path:
-    """The folder that a `data.source` or `data.root` names, absolute."""
+    """The folder that a `data.source` or `data.root` names, or the file of `csv:FILE`, absolute."""
     # Unlike pathlib's, these raise nothing for links in a circle and homes that are nobody's.
-    return Path(os.path.realpath(os.path.expanduser(source.removeprefix(PICTURES))))
+    return Path(os.path.realpath(os.path.expanduser(path_in(source))))
 
 
 def started_in(path: Path) -> str | None:
@@ -45,7 +45,7 @@ def as_meant(settings: Settings, path: Path, started: object) -> Settings:
         paths = absolute_paths(flatten(settings.config), folder)
     except (OSError, ValueError):
         return settings
-    found = {key: text for key, text in paths.items() if os.path.exists(text.removeprefix(PICTURES))}
+    found = {key: text for key, text in paths.items() if os.path.exists(path_in(text))}
     return settings.replace(found, "where the run was begun") if found else settings
 
 
@@ -68,9 +68,9 @@ def where_else(config: Config, *, flags: bool) -> str:
     source, root = config.data.source, config.data.root
     if source == "shapes":
         return ""
-    own = source.startswith(PICTURES)
-    key, text = ("data.source", source) if own else ("data.root", root)
-    flag = ("--data " if own else "--data-root ") if flags else f"--set {key}="
+    begins = source[: len(source) - len(path_in(source))]
+    key, text = ("data.source", source) if begins else ("data.root", root)
+    flag = ("--data " if begins else "--data-root ") if flags else f"--set {key}="
     folder = folder_of(text)
-    meant = "" if str(folder) == text.removeprefix(PICTURES) else f", which from here is {folder}"
-    return f"; {key} is {text}{meant}: if the pictures are elsewhere, add `{flag}{PICTURES if own else ''}PATH`"
+    meant = "" if str(folder) == path_in(text) else f", which from here is {folder}"
+    return f"; {key} is {text}{meant}: if the pictures are elsewhere, add `{flag}{begins}PATH`"

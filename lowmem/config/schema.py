@@ -3,8 +3,6 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -12,17 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.config import networks
-from lowmem.config.sections import CheckpointConfig, MemoryConfig, ScheduleConfig, Section
-from lowmem.config.sources import SOURCE_SIDE, SOURCES, canonical_source
-
-
-def _check_share(value: object) -> object:
-    """A number of pictures, or a share between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{value!r} is neither a number of pictures, like 500, nor a share of them, like 0.2")
-    if value >= 1 and value != int(value):
-        raise ValueError(f"{value!r} is no whole number of pictures, and no share below 1")
-    return int(value) if value >= 1 else value
+from lowmem.config.optimization import OptimConfig, ScheduleConfig
+from lowmem.config.sections import CheckpointConfig, DataConfig, MemoryConfig, Section
+from lowmem.config.sources import SOURCE_SIDE
 
 
 class ModelConfig(Section):
@@ -79,125 +69,6 @@ class ModelConfig(Section):
             if values.get("args") and values.get("spec") is None:
                 raise ValueError("arguments are for a network that is named by model.spec (--model): give it too")
         return values
-
-
-class DataConfig(Section):
-    """Where pictures come from."""
-
-    source: Annotated[str, AfterValidator(canonical_source)] = Field(
-        "cifar10", description="the pictures: cifar10, fashion-mnist, shapes (built in) or folder:PATH"
-    )
-    root: str = Field("data", description="folder that holds, or receives, the files of cifar10 and fashion-mnist")
-    cache: str | None = Field(None, description="folder for decoded pictures; default: the user's cache folder")
-    download: bool = Field(True, description="download cifar10 and fashion-mnist where they are missing")
-    train_subset: PositiveInt | None = Field(
-        None, description="train on this many pictures, the same share of every class, chosen by the seed"
-    )
-    test_subset: PositiveInt | None = Field(None, description="test on this many pictures, chosen likewise")
-    val_split: int = Field(
-        default=0, ge=0, description="hold back this many training pictures, and choose the best weights on them"
-    )
-    image_size: int = Field(SOURCE_SIDE, ge=8, le=1024, description="side of the square pictures that the network sees")
-    augment: bool = Field(
-        True,
-        description="random horizontal flip and random crop: with padding 4; of a folder from image_size 64 on resized",
-    )
-    cutout: PositiveInt | None = Field(
-        None,
-        description="side of a square of the mean colour over every training picture, in pixels as the network sees "
-        "them, its centre anywhere in the picture (DeVries and Taylor 2017)",
-    )
-    random_erasing: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the training pictures that lose a rectangle of 2 to 33 % of the area, aspect 0.3 to 3.3, "
-        "to the mean colour (torchvision's RandomErasing)",
-    )
-    mixup: float = Field(
-        0.0,
-        ge=0,
-        le=100,
-        description="alpha of mixup (Zhang et al. 2018): every batch is mixed with itself in another order, by a share "
-        "of Beta(alpha, alpha); the training error counts against the label with the larger share; 0: none",
-    )
-    fit: Literal["crop", "stretch"] = Field(
-        "crop",
-        description="folder: how a picture becomes square. crop: upright by its EXIF orientation, transparency over "
-        "white, the middle square of it; stretch: all of it squeezed, orientation and transparency ignored",
-    )
-    test_split: Annotated[int | float, BeforeValidator(_check_share)] | None = Field(
-        None, description="folder without test/: test on this many pictures, or this share of them, chosen by the seed"
-    )
-    val_folder: bool = Field(True, description="folder: hold back the pictures in val/, if it is there beside train/")
-    skip_damaged: bool = Field(False, description="folder: go on without files that are no pictures or are damaged")
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Of what the network sees: channels, height, width."""
-        return 3, self.image_size, self.image_size
-
-    @model_validator(mode="after")
-    def _not_shrunk(self) -> DataConfig:
-        if self.source in SOURCES and self.image_size < SOURCE_SIDE:
-            raise ValueError(
-                f"{self.source} has pictures of {SOURCE_SIDE}x{SOURCE_SIDE}, and image_size {self.image_size} is less: "
-                f"raise it to {SOURCE_SIDE} or more; folder:PATH takes any size"
-            )
-        if self.cutout is not None and self.cutout >= self.image_size:
-            raise ValueError(f"cutout {self.cutout} covers pictures of image_size {self.image_size}: lower it")
-        return self
-
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimConfig(Section):
-    """The update: SGD in the form of torch.optim.SGD (Sutskever et al.), or torch.optim.AdamW (Loshchilov and Hutter,
-    2019)."""
-
-    kind: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer; adamw keeps two tensors of each parameter")
-    lr: PositiveFloat = Field(
-        0.1, description="learning rate before the first milestone; the highest of a cosine or one-cycle schedule"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay; AdamW's is decoupled from the gradient")
-    nesterov: bool = Field(False, description="Nesterov's form of the momentum")
-    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="decay of AdamW's two running means")
-    eps: PositiveFloat = Field(1e-8, description="what AdamW adds to the denominator")
-    decay_norms: bool = Field(
-        True, description="weight decay of norms and biases too: of parameters with fewer than two dimensions"
-    )
-    clip_norm: PositiveFloat | None = Field(
-        None, description="scale gradients down to this norm, of all of them together; null: never"
-    )
-    ema: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="evaluate and export a running mean of the weights with this decay a step, like 0.999, from the "
-        "weights that training begins with; buffers are the network's own",
-    )
-
-    @property
-    def copies(self) -> int:
-        """Tensors of a parameter's size that are kept of each between two steps."""
-        own = 2 if self.kind == "adamw" else int(self.momentum > 0)
-        return own + (self.ema is not None)
-
-    @property
-    def work(self) -> tuple[object, ...]:
-        """What of it decides a step's bytes and operations."""
-        return self.kind, self.momentum > 0, self.clip_norm is not None, self.ema is not None
-
-    @model_validator(mode="after")
-    def _of_the_kind(self) -> OptimConfig:
-        others, whose = (("momentum", "nesterov"), "SGD") if self.kind == "adamw" else (("betas", "eps"), "AdamW")
-        for name in others:
-            usual = type(self).model_fields[name].default
-            if getattr(self, name) != usual:
-                raise ValueError(f"{name} is {whose}'s, and kind is {self.kind}: leave it at {json.dumps(usual)}")
-        return self
 
 
 class TrainConfig(Section):
@@ -342,6 +213,8 @@ OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.i
 ONLY_AT_THE_BEGINNING = frozenset({"recipe", "memory.auto_batch", "train.init", "train.init_sha256"})
 # Of the network, what a fork can change where its tensors stay: the weights go on in the code that is named.
 OWN_NETWORK = ("model.spec", "model.args", "model.sha256")
+# What is not of the network, and its weights are made for all the same.
+OF_THE_WEIGHTS = frozenset({"data.channels"})
 
 
 # Settings that came later, with what runs had before: what a run recorded without them was computed so.
@@ -365,6 +238,7 @@ BEFORE: Mapping[str, object] = {
     "train.patience": None,
     "train.hours": None,
     "data.image_size": SOURCE_SIDE,
+    "data.channels": 3,
     "data.fit": "stretch",
     "data.test_split": None,
     "memory.host": "off",

@@ -1,14 +1,16 @@
-"""What the sections of the settings share, and those that say the learning rate of every step, what a run must fit into
-and when it is saved. The others are in `lowmem.config.schema`."""
+"""What the sections of the settings share, and those that say where pictures come from, what a run must fit into and
+when it is saved. The others are in `lowmem.config.schema`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from lowmem.config.sources import SOURCE_SIDE, SOURCES, canonical_source
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, parse_memory, parse_size
 
 
@@ -25,59 +27,87 @@ class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Values of a file: frozen, and nothing that is not known."""
 
 
-class ScheduleConfig(Section):
-    """The learning rate of every step (`lowmem.train.schedule`). The low start (He et al. 2016, section 4.2: the
-    110-layer net begins at lr 0.01 until its training error is under 80 %) is of a step schedule without another
-    warm-up; it ends at the latest at the first milestone, and is decided at the end of an epoch, from that epoch's
-    training error."""
+def _check_share(value: object) -> object:
+    """A number of pictures, or a share between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{value!r} is neither a number of pictures, like 500, nor a share of them, like 0.2")
+    if value >= 1 and value != int(value):
+        raise ValueError(f"{value!r} is no whole number of pictures, and no share below 1")
+    return int(value) if value >= 1 else value
 
-    kind: Literal["steps", "cosine", "one-cycle"] = Field(
-        "steps",
-        description="steps: lowered at milestones; cosine: after the warm-up down by half a cosine; one-cycle: up from "
-        "1/25 of optim.lr and down, by half a cosine each, as torch's OneCycleLR with constant momentum",
+
+class DataConfig(Section):
+    """Where pictures come from."""
+
+    source: Annotated[str, AfterValidator(canonical_source)] = Field(
+        "cifar10",
+        description="the pictures: cifar10, cifar100, fashion-mnist, shapes (built in), folder:PATH or csv:FILE",
     )
-    milestones: tuple[PositiveFloat, ...] = Field(
-        (81, 122), description="steps: epochs, of a run of reference_epochs, after which the learning rate is lowered"
+    root: str = Field(
+        "data", description="folder that holds, or receives, the files of cifar10, cifar100 and fashion-mnist"
     )
-    gamma: float = Field(0.1, gt=0, lt=1, description="steps: what the learning rate is multiplied by at a milestone")
-    reference_epochs: PositiveInt = Field(
-        164, description="steps: length of the run that the milestones are for; one of another length scales them"
+    cache: str | None = Field(None, description="folder for decoded pictures; default: the user's cache folder")
+    download: bool = Field(True, description="download cifar10, cifar100 and fashion-mnist where they are missing")
+    train_subset: PositiveInt | None = Field(
+        None, description="train on this many pictures, the same share of every class, chosen by the seed"
     )
-    warmup_epochs: float | None = Field(
+    test_subset: PositiveInt | None = Field(None, description="test on this many pictures, chosen likewise")
+    val_split: int = Field(
+        default=0, ge=0, description="hold back this many training pictures, and choose the best weights on them"
+    )
+    image_size: int = Field(SOURCE_SIDE, ge=8, le=1024, description="side of the square pictures that the network sees")
+    channels: Literal[1, 3] = Field(
+        3, description="of what the network sees. 3: RGB, grey pictures have it three times; 1: all pictures as grey"
+    )
+    augment: bool = Field(
+        True,
+        description="random horizontal flip and random crop: with padding 4; of a folder from image_size 64 on resized",
+    )
+    cutout: PositiveInt | None = Field(
         None,
+        description="side of a square of the mean colour over every training picture, in pixels as the network sees "
+        "them, its centre anywhere in the picture (DeVries and Taylor 2017)",
+    )
+    random_erasing: float = Field(
+        0.0,
         ge=0,
-        description="epochs, of any run, in which the rate rises to optim.lr, in equal parts from step to step "
-        "(one-cycle: by its cosine); default: none, of one-cycle 0.3 of the run",
+        le=1,
+        description="share of the training pictures that lose a rectangle of 2 to 33 % of the area, aspect 0.3 to 3.3, "
+        "to the mean colour (torchvision's RandomErasing)",
     )
-    final_share: float = Field(
-        0.0, ge=0, le=1, description="cosine, one-cycle: the learning rate of the last step, as a share of optim.lr"
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="alpha of mixup (Zhang et al. 2018): every batch is mixed with itself in another order, by a share "
+        "of Beta(alpha, alpha); the training error counts against the label with the larger share; 0: none",
     )
-    low_start: Literal["auto", "always", "never"] = Field(
-        "auto",
-        description="steps without warmup_epochs: begin with low_start_lr until the net learns; auto: from 110 layers "
-        "on, and never under the other kinds",
+    fit: Literal["crop", "stretch"] = Field(
+        "crop",
+        description="files: how a picture becomes square. crop: upright by its EXIF orientation, transparency over "
+        "white, the middle square of it; stretch: all of it squeezed, orientation and transparency ignored",
     )
-    low_start_lr: PositiveFloat = Field(0.01, description="learning rate of the low start")
-    low_start_until_error_pct: float = Field(
-        80.0, gt=0, lt=100, description="the low start ends when the training error is under this, in per cent"
+    test_split: Annotated[int | float, BeforeValidator(_check_share)] | None = Field(
+        None,
+        description="folder or list without test pictures: test on this many, or this share, chosen by the seed",
     )
+    val_folder: bool = Field(True, description="folder or list: hold back its pictures of val, where there are some")
+    skip_damaged: bool = Field(False, description="folder or list: go on without files that are no pictures or damaged")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of what the network sees: channels, height, width."""
+        return self.channels, self.image_size, self.image_size
 
     @model_validator(mode="after")
-    def _rising(self) -> ScheduleConfig:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones {list(self.milestones)} do not rise: write them in rising order, each once")
-        return self
-
-    @model_validator(mode="after")
-    def _of_its_kind(self) -> ScheduleConfig:
-        if self.kind == "steps" and self.final_share:
+    def _not_shrunk(self) -> DataConfig:
+        if self.source in SOURCES and self.image_size < SOURCE_SIDE:
             raise ValueError(
-                f"final_share {self.final_share:g} is for cosine and one-cycle, the kind is steps: set schedule.kind, "
-                "or milestones and gamma in its place"
+                f"{self.source} has pictures of {SOURCE_SIDE}x{SOURCE_SIDE}, and image_size {self.image_size} is less: "
+                f"raise it to {SOURCE_SIDE} or more; folder:PATH and csv:FILE take any size"
             )
-        if self.low_start == "always" and (self.kind != "steps" or self.warmup_epochs):
-            other = "warmup_epochs" if self.kind == "steps" else f"the kind {self.kind}"
-            raise ValueError(f"low_start always and {other} are two warm-ups: set low_start to auto or never")
+        if self.cutout is not None and self.cutout >= self.image_size:
+            raise ValueError(f"cutout {self.cutout} covers pictures of image_size {self.image_size}: lower it")
         return self
 
 

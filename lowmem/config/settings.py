@@ -15,7 +15,17 @@ import yaml
 from pydantic import ValidationError
 
 from lowmem.config.catalogue import catalogue, nearest
-from lowmem.config.schema import BEFORE, OPERATIONAL, OWN_NETWORK, Config, dotted, flatten, known_keys, nest
+from lowmem.config.schema import (
+    BEFORE,
+    OF_THE_WEIGHTS,
+    OPERATIONAL,
+    OWN_NETWORK,
+    Config,
+    dotted,
+    flatten,
+    known_keys,
+    nest,
+)
 from lowmem.core.errors import LowmemError, UsageError
 from lowmem.core.reading import (
     SETTINGS_LIMIT_BYTES,
@@ -276,7 +286,7 @@ def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
 
 def other_run(run: str, values: Mapping[str, object]) -> str:
     """What to do to go on from a run with other settings than it was computed with, in words."""
-    if any(key.startswith("model.") for key in values):
+    if any(key.startswith("model.") or key in OF_THE_WEIGHTS for key in values):
         return "train another network with `lowmem train`"
     if set(values) == {"train.epochs"}:
         return f"`lowmem resume {run} --epochs {values['train.epochs']}` goes on from it in a new run"

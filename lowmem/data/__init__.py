@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem.config.paths import folder_of
-from lowmem.config.schema import DataConfig
-from lowmem.config.sources import SOURCES
+from lowmem.config.sections import DataConfig
+from lowmem.config.sources import SOURCES, path_in
 from lowmem.core.counter_rng import derive_seed, permutation
 from lowmem.core.errors import UsageError
 from lowmem.core.units import counted, format_size, name_some
@@ -113,7 +113,9 @@ def load_test(config: DataConfig, *, progress: Progress | None = None) -> TestSe
 
 
 def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:
-    """Those of a source of its own size are enlarged as a batch."""
+    """As the network sees them: those of a source of its own size are made grey here, and enlarged as a batch."""
+    if isinstance(pictures, Pictures) and config.channels == 1:
+        pictures = pictures.grey()
     if isinstance(pictures, MappedPictures) or pictures.side == config.image_size:
         return pictures
     return replace(pictures, enlarged_to=config.image_size)
@@ -121,7 +123,7 @@ def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:
 
 def _describe_size(pictures: AnyPictures) -> Iterator[str]:
     """How they come to the network, where that is not as they are and from where it is."""
-    size = format_size(len(pictures) * 3 * pictures.side**2)
+    size = format_size(len(pictures) * pictures.channels * pictures.side**2)
     square, wanted = (f"{side}x{side}" for side in (pictures.side, pictures.image_size))
     if isinstance(pictures, MappedPictures):
         yield f"training pictures stay on the disk, {size} of {square}: batches of {wanted} are cut from there"
@@ -275,7 +277,7 @@ def find_pictures(config: DataConfig, seed: int = 0, *, seconds: float = 30.0) -
     if config.source == "shapes":
         return Found("shapes are drawn, no files needed", None, warnings)
     counts = ", ".join(f"{len(part):,} to {part.of}" for part in chosen.values())
-    words = f"{config.source.removeprefix('folder:')} has pictures of {_describe_classes(source)}; {counts}"
+    words = f"{path_in(config.source)} has pictures of {_describe_classes(source)}; {counts}"
     if source.unchecked:
         words += f"; {source.unchecked:,} were not looked at (more than {seconds:g} s), `lowmem train` does"
     return Found("; ".join((words, *source.notes)), None, warnings)

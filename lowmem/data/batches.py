@@ -23,7 +23,7 @@ from lowmem.core import counter_rng as addressed
 from lowmem.data.cutting import Cutter, middles
 from lowmem.data.enlarging import Enlarger
 from lowmem.data.mixing import cutout_boxes, erase_, erased_boxes, mixup_share, partners
-from lowmem.data.pictures import CHANNELS, MOST_HELD_BYTES, AnyPictures, MappedPictures, Triple
+from lowmem.data.pictures import MOST_HELD_BYTES, AnyPictures, MappedPictures, PerChannel
 
 Part = tuple[int, int]  # of a batch, its pictures [first, past)
 PADDING = 4
@@ -48,10 +48,10 @@ def augmentation(seed: int, epoch: int, samples: NDArray[np.integer]) -> NDArray
 
 
 class Normalizer:
-    """uint8 [B, 3, N, N] -> float32 of the same shape, (x / 255 - mean) / std per channel."""
+    """uint8 [B, C, N, N] -> float32 of the same shape, (x / 255 - mean) / std per channel."""
 
-    def __init__(self, mean: Triple, std: Triple, device: torch.device) -> None:
-        shape = (CHANNELS, 1, 1)
+    def __init__(self, mean: PerChannel, std: PerChannel, device: torch.device) -> None:
+        shape = (len(mean), 1, 1)
         self._shift = torch.tensor([255.0 * m for m in mean], dtype=torch.float32).view(shape).to(device)
         self._scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32).view(shape).to(device)
 
@@ -63,6 +63,11 @@ class Normalizer:
         out = images.to(torch.float32, copy=True).sub_(self._shift).mul_(self._scale)
         # Converting last is 2.5 times faster on a CPU than widening into a channels-last tensor.
         return out.contiguous(memory_format=memory_format)
+
+    @property
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """What is subtracted from the bytes, and what the difference is multiplied by: float32 [C, 1, 1] each."""
+        return self._shift, self._scale
 
 
 class TrainBatches:
@@ -80,8 +85,8 @@ class TrainBatches:
         seed: int,
         batch: int,
         augment: bool,
-        mean: Triple,
-        std: Triple,
+        mean: PerChannel,
+        std: PerChannel,
         device: torch.device | str,
         cutout: int | None = None,
         random_erasing: float = 0.0,
@@ -112,8 +117,8 @@ class TrainBatches:
                 self._place = host
             self._images = pictures.images.contiguous().to(self._place)
             self._columns = torch.arange(self._side, device=self._place)
-            first = torch.arange(CHANNELS, device=self._place).view(CHANNELS, 1) * (self._side + 2 * PADDING)
-            self._rows = first + self._columns  # [3, S]: rows of the top left crop of one padded picture
+            first = torch.arange(pictures.channels, device=self._place).view(-1, 1) * (self._side + 2 * PADDING)
+            self._rows = first + self._columns  # [C, S]: rows of the top left crop of one padded picture
         self._labels = pictures.labels.to(self._place)
 
     def size(self, step: int) -> int:
@@ -125,7 +130,7 @@ class TrainBatches:
     def batch(
         self, epoch: int, step: int, *, memory_format: torch.memory_format = _CONTIGUOUS, part: Part | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Step `step` (from 0) of epoch `epoch`: float32 [B, 3, N, N] normalised, int64 [B], on the device. Raises
+        """Step `step` (from 0) of epoch `epoch`: float32 [B, C, N, N] normalised, int64 [B], on the device. Raises
         IndexError. `part`: only that of it, with the bits that it has in the whole batch. With mixup the labels are
         int64 [B, 2]: of the picture and of what it is mixed with; `share` tells how much of it is the picture's."""
         first, past = part or (0, self.size(step))
@@ -153,7 +158,7 @@ class TrainBatches:
         return out
 
     def raw_batch(self, epoch: int, step: int, *, part: Part | None = None) -> tuple[Tensor, Tensor]:
-        """As `batch`, cropped and flipped but not normalised: uint8 [B, 3, N, N], int64 [B]."""
+        """As `batch`, cropped and flipped but not normalised: uint8 [B, C, N, N], int64 [B]."""
         first, past = part or (0, self.size(step))
         start = step * self.batch_size
         plan = self._epoch_plan(epoch)
@@ -192,26 +197,26 @@ class TrainBatches:
 
     def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """Rows from `top`, columns from `left` of the padded pictures; columns mirrored where `flip` is 1."""
-        n, side = images.shape[0], self._side
+        (n, channels), side = images.shape[:2], self._side
         width = side + 2 * PADDING
-        padded = F.pad(images, (PADDING,) * 4).view(n * CHANNELS * width, width)
-        first = torch.arange(n, device=images.device) * (CHANNELS * width) + top
+        padded = F.pad(images, (PADDING,) * 4).view(n * channels * width, width)
+        first = torch.arange(n, device=images.device) * (channels * width) + top
         rows = (first.view(n, 1, 1) + self._rows).view(-1)
-        bands = padded.index_select(0, rows).view(n, CHANNELS, side, width)
+        bands = padded.index_select(0, rows).view(n, channels, side, width)
         # left + j, or left + side - 1 - j if flipped
         columns = (left + flip * (side - 1)).view(n, 1) + (1 - 2 * flip).view(n, 1) * self._columns
-        return bands.gather(3, columns.view(n, 1, 1, side).expand(n, CHANNELS, side, side))
+        return bands.gather(3, columns.view(n, 1, 1, side).expand(n, channels, side, side))
 
 
 def eval_batches(
     pictures: AnyPictures,
     batch: int,
-    mean: Triple,
-    std: Triple,
+    mean: PerChannel,
+    std: PerChannel,
     device: torch.device | str,
     memory_format: torch.memory_format = _CONTIGUOUS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pictures in order, not augmented: float32 [B, 3, N, N] normalised, int64 [B], on the device, one batch at
+    """All pictures in order, not augmented: float32 [B, C, N, N] normalised, int64 [B], on the device, one batch at
     a time: evaluation must not hold a second data set on a small card. Of larger pictures on the disk the middle."""
     if batch < 1:
         raise ValueError(f"batch {batch}: it must be at least 1")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowmem.core import counter_rng as addressed
-from lowmem.data.pictures import CHANNELS, MappedPictures
+from lowmem.data.pictures import MappedPictures
 
 SCALE, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 ATTEMPTS = 10
@@ -94,7 +94,7 @@ class Cutter:
         return crop_boxes(self._seed, epoch, samples, self._pictures.side)
 
     def cut(self, plan: Tensor, chosen: slice, following: slice, *, augment: bool) -> Tensor:
-        """uint8 [B, 3, N, N], channels-last, on the host. `plan`: int64 [6, K] of an epoch: index, top, left, height,
+        """uint8 [B, C, N, N], channels-last, on the host. `plan`: int64 [6, K] of an epoch: index, top, left, height,
         width, flip; `chosen`: those of the batch; `following`: of what will probably be asked for next."""
         if self._begun is None:
             return self._make(plan[:, chosen], augment)
@@ -106,8 +106,8 @@ class Cutter:
         return images
 
     def _make(self, plan: Tensor, augment: bool) -> Tensor:
-        count, size = plan.shape[1], self._pictures.image_size
-        images = _batch(count, size, self._pin)
+        count = plan.shape[1]
+        images = _batch(count, self._pictures, self._pin)
         rows: list[list[int]] = plan.T.tolist()
         parts = max(1, min(self._threads, count // _LEAST_A_THREAD)) if self._pool is not None else 1
         bounds = [count * part // parts for part in range(parts + 1)]
@@ -126,7 +126,7 @@ class Cutter:
 
     def _resized(self, images: Tensor, rows: Sequence[Sequence[int]]) -> None:
         size = self._pictures.image_size
-        unmirrored = _batch(1, size)
+        unmirrored = _batch(1, self._pictures)
         for place, (index, top, left, height, width, flip) in enumerate(rows):
             cut = self._pictures[index][top : top + height, left : left + width].permute(2, 0, 1).unsqueeze(0)
             out = images[place : place + 1]
@@ -136,8 +136,8 @@ class Cutter:
 
 
 def middles(pictures: MappedPictures, indices: Sequence[int]) -> Tensor:
-    """Of those at `indices` the middle, not resized: uint8 [K, 3, N, N], channels-last."""
-    images = _batch(len(indices), pictures.image_size)
+    """Of those at `indices` the middle, not resized: uint8 [K, C, N, N], channels-last."""
+    images = _batch(len(indices), pictures)
     _copy_middles(images, pictures, indices)
     return images
 
@@ -153,5 +153,6 @@ def _copy_middles(images: Tensor, pictures: MappedPictures, indices: Sequence[in
         images[place] = pictures[index][middle, middle].permute(2, 0, 1)
 
 
-def _batch(count: int, size: int, pin: bool = False) -> Tensor:
-    return torch.empty(count, size, size, CHANNELS, dtype=torch.uint8, pin_memory=pin).permute(0, 3, 1, 2)
+def _batch(count: int, pictures: MappedPictures, pin: bool = False) -> Tensor:
+    size = pictures.image_size
+    return torch.empty(count, size, size, pictures.channels, dtype=torch.uint8, pin_memory=pin).permute(0, 3, 1, 2)

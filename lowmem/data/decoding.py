@@ -1,5 +1,5 @@
-"""A picture file as square RGB, with Pillow and its BICUBIC filter (which widens with the scale, so shrinking does not
-alias), and many of them in threads.
+"""A picture file as square RGB, or grey (the luma of that), with Pillow and its BICUBIC filter (which widens with the
+scale, so shrinking does not alias), and many of them in threads.
 
 `crop` gives what a viewer shows: upright by the EXIF orientation, transparency over white (the page of nearly every
 viewer; what an editor left under full transparency is nobody's picture), and of that the middle square, so that
@@ -31,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lowmem.core.errors import DataError
 from lowmem.core.reading import shorten
-from lowmem.data.pictures import MAPPED_FROM, Progress
+from lowmem.data.pictures import CHANNELS, MAPPED_FROM, Progress
 
 FILTER = Image.Resampling.BICUBIC
 CHUNK = 256  # pictures a task: few enough for a smooth progress, many enough that tasks cost nothing
@@ -52,14 +52,14 @@ _DAMAGE = (
 _OF_THE_FILE = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EISDIR}
 
 
-def decode(path: str, fit: str, side: int) -> NDArray[np.uint8]:
-    """A picture file as uint8 [side, side, 3]. Raises DataError saying what it is instead, without its name, and
+def decode(path: str, fit: str, side: int, channels: int = CHANNELS) -> NDArray[np.uint8]:
+    """A picture file as uint8 [side, side, channels]. Raises DataError saying what it is instead, without its name, and
     OSError where the machine fails."""
     try:
         with Image.open(path) as picture:
             if side >= MAPPED_FROM:
                 picture.draft(None, (2 * side, 2 * side))  # never below that
-            return squared(picture, fit, side)
+            return squared(picture, fit, side, channels)
     except UnidentifiedImageError:
         raise DataError("no picture, or of a kind that cannot be read here") from None
     except _DAMAGE as error:
@@ -70,11 +70,12 @@ def decode(path: str, fit: str, side: int) -> NDArray[np.uint8]:
         raise DataError(f"damaged: {shorten(error, 120) or type(error).__name__}") from error
 
 
-def squared(picture: Image.Image, fit: str, side: int) -> NDArray[np.uint8]:
+def squared(picture: Image.Image, fit: str, side: int, channels: int = CHANNELS) -> NDArray[np.uint8]:
     """As `decode`, of a picture that is open. Raises DataError for one of more than 8 bits, and what Pillow raises."""
     if picture.mode.startswith(("I", "F")):
         raise DataError(f"more than 8 bits a channel, {picture.mode}: convert it to 8 bits")
-    return np.asarray(_cropped(picture, side) if fit == "crop" else _stretched(picture, side))
+    rgb = _cropped(picture, side) if fit == "crop" else _stretched(picture, side)
+    return np.asarray(rgb) if channels == CHANNELS else np.asarray(rgb.convert("L"))[..., None]
 
 
 def is_picture(path: str) -> bool:
@@ -116,7 +117,7 @@ def _orientation(picture: Image.Image) -> int | None:
 
 def decode_all(
     paths: Sequence[str], fit: str, side: int, put: Callable[[int, NDArray[np.uint8]], None], *,
-    progress: Progress | None, until: float | None,
+    channels: int = CHANNELS, progress: Progress | None, until: float | None,
 ) -> tuple[dict[int, str], int]:  # fmt: skip
     """Decodes in threads (Pillow lets others run while it decodes) and hands each picture to `put`, with its number.
     Returns what is wrong with the others, by number, and how many were looked at: those that were begun before `until`
@@ -128,7 +129,7 @@ def decode_all(
         for path in paths[start : start + CHUNK]:
             if enough.is_set() or (until is not None and time.monotonic() >= until):
                 break
-            decoded.append(_decode_or_say(path, fit, side))
+            decoded.append(_decode_or_say(path, fit, side, channels))
         return decoded
 
     troubles: dict[int, str] = {}
@@ -154,7 +155,7 @@ def decode_all(
 
 
 def decode_ahead(
-    files: Iterable[tuple[str, str]], fit: str, side: int, ahead: int
+    files: Iterable[tuple[str, str]], fit: str, side: int, ahead: int, channels: int = CHANNELS
 ) -> Iterator[tuple[str, NDArray[np.uint8] | str]]:
     """In threads, in order, each with its path: the picture, or what is wrong with it. `files`: paths, and why they
     cannot be read at all, if so. At most `ahead` are decoded that are not taken yet, and `files` is not read further.
@@ -162,7 +163,7 @@ def decode_ahead(
 
     def one(path: str, trouble: str) -> NDArray[np.uint8] | str:
         try:
-            return trouble or _decode_or_say(path, fit, side)
+            return trouble or _decode_or_say(path, fit, side, channels)
         except OSError as error:
             return str(error.strerror or error)
 
@@ -181,8 +182,8 @@ def decode_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _decode_or_say(path: str, fit: str, side: int) -> NDArray[np.uint8] | str:
+def _decode_or_say(path: str, fit: str, side: int, channels: int) -> NDArray[np.uint8] | str:
     try:
-        return decode(path, fit, side)
+        return decode(path, fit, side, channels)
     except DataError as error:
         return str(error)

@@ -1,6 +1,6 @@
-"""What torchvision knows where to fetch: CIFAR-10 in its usual folder, Fashion-MNIST in its original IDX files.
+"""What torchvision knows where to fetch: CIFAR-10 and CIFAR-100 in their usual folders, Fashion-MNIST in its IDX files.
 
-CIFAR-10's batches are pickles, and a pickle can run code when read. They are therefore read only after every file has
+CIFAR's batches are pickles, and a pickle can run code when read. They are therefore read only after every file has
 the MD5 that torchvision knows for it; a file that does not is refused unread. Fashion-MNIST's 28x28 grey pictures
 become 32x32 RGB without resampling: two black pixels on every side, the grey three times.
 """
@@ -14,6 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,54 +58,56 @@ def _fetch(name: str, root: Path, source: str, progress: Progress | None) -> str
     return None
 
 
-def find_cifar10(root: Path, download: bool) -> Path | None:
+def find_cifar(name: str, root: Path, download: bool) -> Path | None:
     """`root` if all files are under it, each with its MD5; None if some are missing and `download` would fetch them.
-    Raises DataError for a damaged file, and for missing ones without `download`."""
-    files = _cifar10_files(root)
+    `name`: torchvision's, `CIFAR10` or `CIFAR100`. Raises DataError for a damaged file, and for missing ones without
+    `download`."""
+    files, title, archive = _cifar_files(name, root), DOWNLOADABLE[name.lower()].title, library(name).filename
     if missing := [path for path in files if not path.is_file()]:
         if download:
             return None
         raise DataError(
-            f"CIFAR-10 is not in {root}: {missing[0]} is missing; unpack cifar-10-python.tar.gz there, "
-            "point data.root to the folder that holds cifar-10-batches-py, or set data.download=true"
+            f"{title} is not in {root}: {missing[0]} is missing; unpack {archive} there, "
+            f"point data.root to the folder that holds {library(name).base_folder}, or set data.download=true"
         )
     for path, md5 in files.items():
         with open(path, "rb") as file:
             same = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == md5
         if not same:
             raise DataError(
-                f"{path} ({path.stat().st_size:,} bytes) does not have CIFAR-10's MD5 and was not unpickled: "
-                "delete it, and it is fetched again, or unpack cifar-10-python.tar.gz anew"
+                f"{path} ({path.stat().st_size:,} bytes) does not have {title}'s MD5 and was not unpickled: "
+                f"delete it, and it is fetched again, or unpack {archive} anew"
             )
     return root
 
 
-def read_cifar10(root: Path, download: bool, progress: Progress | None = None) -> Source:
-    """Fetched first if it is missing and `download` is set. Raises as `find_cifar10`, and DataError if it cannot be
-    fetched."""
-    if find_cifar10(root, download) is None:
-        missing = next(path.name for path in _cifar10_files(root) if not path.is_file())
-        if (why := _fetch("CIFAR10", root, "cifar10", progress)) is not None:
+def read_cifar(name: str, root: Path, download: bool, progress: Progress | None = None) -> Source:
+    """Fetched first if it is missing and `download` is set; of CIFAR-100 the fine labels. Raises as `find_cifar`, and
+    DataError if it cannot be fetched."""
+    reader, source = library(name), name.lower()
+    if find_cifar(name, root, download) is None:
+        missing = next(path.name for path in _cifar_files(name, root) if not path.is_file())
+        if (why := _fetch(name, root, source, progress)) is not None:
             raise DataError(
-                f"CIFAR-10 is not in {root} ({missing} is missing) and cannot be downloaded ({why}): put "
-                "cifar-10-python.tar.gz there and try again, use --data folder:PATH, or --data shapes, which needs no "
-                "files"
+                f"{DOWNLOADABLE[source].title} is not in {root} ({missing} is missing) and cannot be downloaded "
+                f"({why}): put {reader.filename} there and try again, use --data folder:PATH, or --data shapes, which "
+                "needs no files"
             )
-        find_cifar10(root, False)
-    reader = library("CIFAR10")
+        find_cifar(name, root, False)
     try:
         parts = [reader(str(root), train=train, download=False) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise DataError(f"CIFAR-10 in {root / reader.base_folder} cannot be read: {error}") from error
+        title = DOWNLOADABLE[source].title
+        raise DataError(f"{title} in {root / reader.base_folder} cannot be read: {error}") from error
     images = [torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))) for part in parts]
     labels = [torch.tensor(part.targets, dtype=torch.int64) for part in parts]
     train, test = map(Pictures, images, labels)
-    return Source("cifar10", tuple(parts[0].classes), train, test)
+    return Source(source, tuple(parts[0].classes), train, test)
 
 
-def _cifar10_files(root: Path) -> dict[Path, str]:
+def _cifar_files(name: str, root: Path) -> dict[Path, str]:
     """Every file that is read, and its MD5."""
-    known = library("CIFAR10")
+    known = library(name)
     listed = [*known.train_list, *known.test_list, (known.meta["filename"], known.meta["md5"])]
     return {root / known.base_folder / name: md5 for name, md5 in listed}
 
@@ -201,8 +204,14 @@ class Downloadable(NamedTuple):
     read: Callable[[Path, bool, Progress | None], Source]
 
 
+def _cifar(name: str, title: str, download_bytes: int) -> Downloadable:
+    find, read = partial(find_cifar, name), partial(read_cifar, name)
+    return Downloadable(title, download_bytes, lambda: library(name).url, find, read)
+
+
 DOWNLOADABLE = {
-    "cifar10": Downloadable("CIFAR-10", 170_498_071, lambda: library("CIFAR10").url, find_cifar10, read_cifar10),
+    "cifar10": _cifar("CIFAR10", "CIFAR-10", 170_498_071),
+    "cifar100": _cifar("CIFAR100", "CIFAR-100", 169_001_437),
     "fashion-mnist": Downloadable(
         "Fashion-MNIST", 30_878_645, lambda: library("FashionMNIST").mirrors[0], find_fashion, read_fashion
     ),

@@ -34,13 +34,13 @@ class KeptPictures:
     """The pictures of the files with some keys, [N], in memory: those that were kept in `folder`, and those that are
     `put`. `there`: which there are, bool [N]; the others are black."""
 
-    def __init__(self, folder: Path, decoder: str, keys: Sequence[bytes], side: int) -> None:
+    def __init__(self, folder: Path, decoder: str, keys: Sequence[bytes], side: int, channels: int = CHANNELS) -> None:
         self._folder, self._decoder, self._keys = folder, decoder, keys
-        self.images, self.there = find_kept(folder, decoder, keys, side)  # uint8 [N, 3, side, side]
+        self.images, self.there = find_kept(folder, decoder, keys, (channels, side, side))  # uint8 [N, C, side, side]
         self._had = int(self.there.sum())
 
     def put(self, number: int, pixels: NDArray[np.uint8]) -> None:
-        """uint8 [side, side, 3]."""
+        """uint8 [side, side, C]."""
         self.images[number], self.there[number] = pixels.transpose(2, 0, 1), True
 
     def close(self) -> str | None:
@@ -65,11 +65,10 @@ class KeptPictures:
 
 
 def find_kept(
-    folder: Path, decoder: str, keys: Sequence[bytes], side: int
+    folder: Path, decoder: str, keys: Sequence[bytes], shape: tuple[int, int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Of the files with these `keys` the pictures (uint8 [N, 3, side, side], zeros where there is none) and which of
+    """Of the files with these `keys` the pictures (uint8 [N, *shape], zeros where there is none) and which of
     them were kept (bool [N])."""
-    shape = (CHANNELS, side, side)
     tensors = read_cache(folder, decoder) or {}
     nothing = torch.empty(0)
     images, there = tensors.get("images", nothing), tensors.get("keys", nothing)

@@ -1,6 +1,6 @@
 """Decoded pictures that may be more than fit into memory: kept in pieces on the disk, which are mapped.
 
-A piece is a safetensors file of about 64 MiB: `images` uint8 [K, S, S, 3], and of each of them the `keys` of its file
+A piece is a safetensors file of about 64 MiB: `images` uint8 [K, S, S, C], and of each of them the `keys` of its file
 (as in `lowmem.data.kept`), a digest and the sums of its channels. It is written aside, flushed and renamed; then it is
 named in the manifest, which is the commit record (invariant 9): whoever is killed while decoding loses a piece. Pieces
 are never changed. What is missing, cut off, of another decoder, or has not the pixels that its digest says, is never an
@@ -40,7 +40,7 @@ PIECE_BYTES = 64 << 20
 DIGEST_BYTES = 16
 _FORMAT = 1
 _MANIFEST_LIMIT_BYTES = 16 << 20  # of a terabyte of pieces it takes three
-_INDEX = {"keys": (torch.uint8, KEY_BYTES), "digests": (torch.uint8, DIGEST_BYTES), "sums": (torch.int64, 2 * CHANNELS)}
+_INDEX = ("keys", "digests", "sums")
 _STALE_SECONDS = 86_400  # a piece without a manifest that is so old is nobody's who writes now
 _VERIFIED_AT_A_TIME = 256
 
@@ -53,14 +53,14 @@ class MappedStore:
 
     def __init__(
         self, folder: Path, decoder: str, keys: Sequence[bytes], side: int, *,
-        progress: Progress | None = None, only_look: bool = False,
+        channels: int = CHANNELS, progress: Progress | None = None, only_look: bool = False,
     ) -> None:  # fmt: skip
         self._folder, self._decoder, self._keys, self._side = folder, decoder, keys, side
-        self._only_look = only_look
+        self._channels, self._only_look = channels, only_look
         self._pieces: list[Tensor] = []
         self.places = np.full((len(keys), 2), -1, np.int64)
         self._digests = np.zeros((len(keys), DIGEST_BYTES), np.uint8)
-        self._sums = np.zeros((len(keys), 2 * CHANNELS), np.int64)
+        self._sums = np.zeros((len(keys), 2 * channels), np.int64)
         self._waiting: list[tuple[int, NDArray[np.uint8]]] = []
         self._unused: list[Listed] = []
         self._has_room = False  # not known yet
@@ -79,8 +79,12 @@ class MappedStore:
         try:
             count = int(piece["pictures"])
             tensors = safetensors.torch.load_file(self._folder / Path(piece["name"]).name)
-            wanted: dict[str, object] = {name: (dtype, (count, width)) for name, (dtype, width) in _INDEX.items()}
-            wanted |= {"images": (torch.uint8, (count, self._side, self._side, CHANNELS))}
+            wanted = {
+                "keys": (torch.uint8, (count, KEY_BYTES)),
+                "digests": (torch.uint8, (count, DIGEST_BYTES)),
+                "sums": (torch.int64, (count, 2 * self._channels)),
+                "images": (torch.uint8, (count, self._side, self._side, self._channels)),
+            }
             if {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()} != wanted:
                 return None
             return tensors if _index_sha256(tensors) == piece["sha256"] else None
@@ -114,7 +118,7 @@ class MappedStore:
     # -- more of them --------------------------------------------------------------------------------------------------
 
     def put(self, number: int, pixels: NDArray[np.uint8]) -> None:
-        """uint8 [S, S, 3]. Raises DataError if it cannot be kept, or there is no room for those that are missing: they
+        """uint8 [S, S, C]. Raises DataError if it cannot be kept, or there is no room for those that are missing: they
         would have to fit into memory."""
         if not self._has_room:
             self._require_room(pixels.nbytes)
@@ -213,7 +217,7 @@ def _digest(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def _sums(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Of each channel's values, then of their squares; int64 [6]."""
-    flat = pixels.reshape(-1, CHANNELS)
+    """Of each channel's values, then of their squares; int64 [2 C]."""
+    flat = pixels.reshape(-1, pixels.shape[-1])
     squares = np.square(flat, dtype=np.uint16)
     return np.concatenate([flat.sum(0, dtype=np.int64), squares.sum(0, dtype=np.int64)])

@@ -12,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.config.sources import SOURCE_SIDE, SOURCES
 from lowmem.core.phases import Phase
 
-CHANNELS = 3
+CHANNELS = 3  # of pictures in colour; of grey ones 1
 MAPPED_FROM = 64  # of a folder's pictures, by the side of what the network sees
 # Of training pictures that a run holds on a card, where they are no larger; CIFAR-10's take 154 MB. Larger data stays
 # in the host's memory, or on the disk, and every batch is copied.
 MOST_HELD_BYTES = 256 << 20
 
 Progress = Phase  # in pictures
-Triple = tuple[float, float, float]
-Sums = tuple[int, NDArray[np.int64]]  # pixels of a channel; sums of their values and of the squares, int64 [6]
+PerChannel = tuple[float, ...]  # one, or of red, green and blue
+Sums = tuple[int, NDArray[np.int64]]  # pixels of a channel; sums of their values and of the squares, int64 [2 C]
 
 _CHUNK = 4096  # pictures of 32x32 at a time in passes over a whole set: temporaries stay in tens of MiB
 
@@ -48,14 +48,14 @@ def stored_side(config: DataConfig) -> int:
 
 def held_bytes(config: DataConfig, count: int) -> int:
     """What `count` training pictures take on a card, where they are held on it."""
-    size = count * CHANNELS * stored_side(config) ** 2
+    size = count * config.channels * stored_side(config) ** 2
     return 0 if are_mapped(config) or size > MOST_HELD_BYTES else size
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """In memory, on the CPU: images uint8 [N, 3, S, S], contiguous; labels int64 [N]. `enlarged_to`: side that they
-    have as a batch, at least S; None: their own. Raises ValueError for anything else."""
+    """In memory, on the CPU: images uint8 [N, C, S, S], C 1 or 3, contiguous; labels int64 [N]. `enlarged_to`: side
+    that they have as a batch, at least S; None: their own. Raises ValueError for anything else."""
 
     images: Tensor
     labels: Tensor
@@ -63,8 +63,8 @@ class Pictures:
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
-        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != CHANNELS or shape[2] != shape[3]:
-            raise ValueError(f"images are {self.images.dtype} {list(shape)}, they must be uint8 [N, 3, S, S]")
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] not in (1, CHANNELS) or shape[2] != shape[3]:
+            raise ValueError(f"images are {self.images.dtype} {list(shape)}, they must be uint8 [N, 1 or 3, S, S]")
         if self.enlarged_to is not None and self.enlarged_to < self.side:
             raise ValueError(f"pictures of {self.side}x{self.side} cannot be enlarged to {self.enlarged_to}")
         if self.labels.dtype != torch.int64 or tuple(self.labels.shape) != shape[:1]:
@@ -74,6 +74,10 @@ class Pictures:
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
 
     @property
     def side(self) -> int:
@@ -96,13 +100,24 @@ class Pictures:
         return replace(self, images=self.images[first:past], labels=self.labels[first:past])
 
     def sums(self) -> Sums:
-        total = np.zeros(2 * CHANNELS, np.int64)
+        total = np.zeros((2, self.channels), np.int64)
         chunk = max(1, _CHUNK * 1024 // self.side**2)
         for start in range(0, len(self), chunk):
             pixels = self.images[start : start + chunk].numpy()
-            total[:CHANNELS] += pixels.sum((0, 2, 3), dtype=np.int64)
-            total[CHANNELS:] += np.square(pixels, dtype=np.uint16).sum((0, 2, 3), dtype=np.int64)
-        return len(self) * self.side**2, total
+            total[0] += pixels.sum((0, 2, 3), dtype=np.int64)
+            total[1] += np.square(pixels, dtype=np.uint16).sum((0, 2, 3), dtype=np.int64)
+        return len(self) * self.side**2, total.reshape(-1)
+
+    def grey(self) -> Pictures:
+        """Of one channel: luma by ITU-R BT.601 in 1/65536, rounded, as Pillow has it; what is grey stays as it is."""
+        if self.channels == 1:
+            return self
+        grey, weights = self.images.new_empty(len(self), 1, self.side, self.side), torch.tensor([19595, 38470, 7471])
+        for start in range(0, len(self), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            weighted = self.images[part].to(torch.int32) * weights.to(torch.int32).view(CHANNELS, 1, 1)
+            grey[part] = weighted.sum(1, keepdim=True).add_(1 << 15) >> 16
+        return replace(self, images=grey)
 
     def identify(self, digest: Hash) -> None:
         """Feeds it all pixels."""
@@ -111,9 +126,9 @@ class Pictures:
 
 @dataclass(frozen=True, eq=False)
 class MappedPictures:
-    """On the disk, mapped into memory. `pieces`: uint8 [K, S, S, 3] each; `places`: piece and row of every picture,
-    int64 [N, 2]; `labels`: int64 [N]; `digests`: of every picture's pixels, uint8 [N, 16]; `channel_sums`: of its
-    values and of their squares, int64 [N, 6]. They are larger than `image_size`, and cropped."""
+    """On the disk, mapped into memory. `pieces`: uint8 [K, S, S, C] each, C 1 or 3; `places`: piece and row of every
+    picture, int64 [N, 2]; `labels`: int64 [N]; `digests`: of every picture's pixels, uint8 [N, 16]; `channel_sums`:
+    of its values and of their squares, int64 [N, 2 C]. They are larger than `image_size`, and cropped."""
 
     pieces: Sequence[Tensor]
     places: NDArray[np.int64]
@@ -126,8 +141,12 @@ class MappedPictures:
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def channels(self) -> int:
+        return self.channel_sums.shape[1] // 2
+
     def __getitem__(self, index: int) -> Tensor:
-        """uint8 [S, S, 3], not copied."""
+        """uint8 [S, S, C], not copied."""
         piece, row = self.places[index]
         return self.pieces[piece][row]
 
@@ -196,8 +215,8 @@ class Dataset:
     train: AnyPictures
     val: AnyPictures | None
     test: AnyPictures
-    mean: Triple
-    std: Triple
+    mean: PerChannel
+    std: PerChannel
     fingerprint: str
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -212,13 +231,14 @@ class Dataset:
         return {"data": name, "classes": classes, **prepared}
 
 
-def statistics(pictures: AnyPictures) -> tuple[Triple, Triple]:
+def statistics(pictures: AnyPictures) -> tuple[PerChannel, PerChannel]:
     """Mean and standard deviation per channel in [0, 1] units, of sums of integers: independent of threads and order.
     The deviation of a channel that is (nearly) constant is raised to 1/255, so that dividing by it is safe."""
     n, sums = pictures.sums()
-    pairs = zip(sums[:CHANNELS].tolist(), sums[CHANNELS:].tolist(), strict=True)
-    r, g, b = ((one / n / 255, max((square * n - one * one) ** 0.5 / n, 1.0) / 255) for one, square in pairs)
-    return (r[0], g[0], b[0]), (r[1], g[1], b[1])
+    of_values, of_squares = sums.reshape(2, -1).tolist()
+    pairs = zip(of_values, of_squares, strict=True)
+    std = tuple(max((square * n - one * one) ** 0.5 / n, 1.0) / 255 for one, square in pairs)
+    return tuple(one / n / 255 for one in of_values), std
 
 
 def fingerprint(*parts: AnyPictures | None) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.core.units import name_some
 from lowmem.data.decoding import is_picture
@@ -43,8 +43,9 @@ class PictureFile:
 
 @dataclass(frozen=True)
 class Tree:
-    """What is in a folder. `places`: for those of `PARTS` that there are, the folder of their classes; `parts`: their
-    files, by class and name; `strays`: what was passed over; `notes`, `warnings`: sentences for the user."""
+    """What is in a folder, or listed. `parts`: for those of `PARTS` that there are, their files, in a folder by class
+    and name; `places`: there the folder of their classes; `strays`: what was passed over; `notes`, `warnings`:
+    sentences for the user."""
 
     classes: tuple[str, ...]
     places: Mapping[str, Path]
@@ -78,9 +79,7 @@ def scan(root: Path, config: DataConfig) -> Tree:
         ]
         for part in PARTS if part in places
     }  # fmt: skip
-    alike = [" and ".join(map(code_points, group)) for group in _alike(names)]
-    warned = [f"classes whose names look alike are kept apart: {name_some(alike, 3)}"] if alike else []
-    return Tree(tuple(map(shown, names)), places, parts, [shown(stray) for stray in strays], notes, warned)
+    return Tree(tuple(map(shown, names)), places, parts, [shown(stray) for stray in strays], notes, look_alike(names))
 
 
 def _places(root: Path, config: DataConfig) -> tuple[dict[str, Path], list[str]]:
@@ -154,12 +153,13 @@ def _files(root: Path, folder: Path, label: int, strays: list[str]) -> list[Pict
         elif os.path.isdir(entry.path):
             raise DataError(f"{shown(entry.path)} is a folder inside a class: move its pictures up or take it out")
         else:
-            file = _file(entry.path, name, label)
+            file = file_of(entry.path, name, label)
             strays.append(name) if _is_text(file) else found.append(file)
     return found
 
 
-def _file(path: str, name: str, label: int) -> PictureFile:
+def file_of(path: str, name: str, label: int) -> PictureFile:
+    """`name`: what it is called in its data set, by which a kept picture is found again."""
     try:
         # Not the entry's own, which knows no inode on Windows.
         status = os.stat(path)
@@ -180,13 +180,13 @@ def picture_files(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     it can."""
     for path in paths:
         if not os.path.isdir(path):
-            yield path, _file(path, path, 0).trouble
+            yield path, file_of(path, path, 0).trouble
             continue
         refused: list[OSError] = []
         for folder, folders, names in os.walk(path, onerror=refused.append):
             folders[:] = sorted(name for name in folders if not _is_litter(name))
             for name in sorted(name for name in names if not _is_litter(name)):
-                file = _file(os.path.join(folder, name), name, 0)
+                file = file_of(os.path.join(folder, name), name, 0)
                 if not _is_text(file):
                     yield file.path, file.trouble
         for error in refused:
@@ -226,7 +226,8 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _alike(names: Sequence[str]) -> list[list[str]]:
-    """Groups of names that differ in their normalisation or case only."""
+def look_alike(names: Sequence[str]) -> list[str]:
+    """What is to be said of names of classes that differ in their normalisation or case only."""
     groups = (list(group) for _, group in groupby(sorted(names, key=_normal), key=_normal))
-    return [group for group in groups if len(group) > 1]
+    alike = [" and ".join(map(code_points, group)) for group in groups if len(group) > 1]
+    return [f"classes whose names look alike are kept apart: {name_some(alike, 3)}"] if alike else []

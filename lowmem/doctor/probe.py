@@ -62,11 +62,11 @@ def cuda(settings: Settings) -> dict[str, Any]:
 
 def network(settings: Settings) -> dict[str, Any]:
     """Bytes on disk that a run of the network takes; without making it."""
-    from lowmem.models import make_network
+    from lowmem.models import network_of
     from lowmem.runs.store import run_bytes
 
     config = settings.config
-    net = make_network(config.model, freeze=config.train.freeze)
+    net = network_of(config)
     parameter_bytes = sum(tensor.nbytes for tensor in net.parameters())
     # Parameters and buffers, and what the optimizer keeps of those that are trained.
     trained_bytes = sum(tensor.nbytes for tensor in net.parameters() if tensor.requires_grad)

@@ -112,7 +112,8 @@ def draw_worst(evaluation: Evaluation) -> bytes:
         left = side + place % _COLUMNS * (_CELL_INCHES + side)
         foot = _HEAD_INCHES + place // _COLUMNS * (_CELL_INCHES + _WORDS_INCHES) + _CELL_INCHES
         axes = figure.add_axes((left / width, 1 - foot / height, _CELL_INCHES / width, _CELL_INCHES / height))
-        axes.imshow(image, interpolation="nearest" if image.shape[0] < MAPPED_FROM else "antialiased")
+        smooth = "nearest" if image.shape[0] < MAPPED_FROM else "antialiased"
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=smooth)  # the scale is of one channel
         axes.set_axis_off()
         name = Path(tests.files[number]).name if tests.files else f"picture {number}"
         taken = f"{100 * judged.probabilities[number]:.0f} % {classes[judged.predictions[number]]}"
@@ -127,7 +128,7 @@ def _heading(evaluation: Evaluation) -> str:
 
 
 def _images(pictures: AnyPictures, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """uint8 [K, S, S, 3]."""
+    """uint8 [K, S, S, C]."""
     if isinstance(pictures, MappedPictures):
         return middles(pictures, chosen.tolist()).permute(0, 2, 3, 1).numpy()
     return pictures.take(chosen).images.permute(0, 2, 3, 1).numpy()

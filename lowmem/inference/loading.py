@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
@@ -16,19 +17,21 @@ from torch import Tensor, nn
 
 from lowmem.choose.execution import card_obstacle, require_device
 from lowmem.config.networks import file_of, refuse_changed_files, split_spec
-from lowmem.config.schema import Config, DataConfig, ModelConfig
+from lowmem.config.schema import Config, ModelConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import CorruptCheckpoint, DataError, PreflightError, UsageError
 from lowmem.core.reading import Unreadable, shorten
 from lowmem.data.batches import Normalizer
 from lowmem.data.cutting import middle_of
 from lowmem.data.decoding import decode, squared
 from lowmem.data.enlarging import Enlarger
-from lowmem.data.pictures import CHANNELS, are_mapped, stored_side
+from lowmem.data.pictures import are_mapped, stored_side
 from lowmem.models import make_network
 from lowmem.runs.view import recorded_settings
 from lowmem.runs.weights import WeightsInfo, read_weights
 
 Picture = str | Path | Image.Image
+MOST_IMAGE_SIZE = 1024  # as of `DataConfig`
 _NEEDED = ("data", "classes", "image_size", "mean", "std")
 
 
@@ -47,37 +50,46 @@ class LoadedRun:
     normalize: Normalizer
 
     def prepare(self, pictures: Tensor | Picture | Sequence[Picture]) -> Tensor:
-        """Pictures as evaluation in training has them: float32 [N, 3, S, S] on the device, normalised, S the
-        `image_size`. They are those of `squares`, and raise the same."""
+        """Pictures as evaluation in training has them: float32 [N, C, S, S] on the device, normalised, S the
+        `image_size`, C the channels of the `pictures`. They are those of `squares`, and raise the same."""
         return self.normalize(self.squares(pictures))
 
     def squares(self, pictures: Tensor | Picture | Sequence[Picture]) -> Tensor:
-        """As `prepare`, not normalised yet: uint8 [N, 3, S, S] on the device. `pictures`: paths, Pillow's or uint8 [N,
-        3, H, W]. Of S x S a tensor is taken as it is; all else becomes square, and as large as the network sees it, in
+        """As `prepare`, not normalised yet: uint8 [N, C, S, S] on the device. `pictures`: paths, Pillow's or uint8 [N,
+        C, H, W]. Of S x S a tensor is taken as it is; all else becomes square, and as large as the network sees it, in
         the way that the run's own pictures did.
 
         Raises DataError naming a picture that cannot be used, UsageError for a tensor of another kind, OSError where
         the machine fails. A JPEG that Pillow has opened already can differ by a level from the same one by its path,
         of which the decoder makes less where it is large."""
-        size, side = self.pictures.image_size, stored_side(self.pictures)
+        size, side, channels = self.pictures.image_size, stored_side(self.pictures), self.pictures.channels
         if isinstance(pictures, Tensor):
             shape = list(pictures.shape)
-            if pictures.dtype != torch.uint8 or len(shape) != 4 or shape[1] != CHANNELS:
+            if pictures.dtype != torch.uint8 or len(shape) != 4 or shape[1] != channels:
                 said = f"pictures are {str(pictures.dtype).removeprefix('torch.')} {shape}"
-                raise UsageError(f"{said}, and a tensor of them is uint8 [N, {CHANNELS}, H, W]: give it so, or paths")
+                raise UsageError(f"{said}, and a tensor of them is uint8 [N, {channels}, H, W]: give it so, or paths")
             if shape[2:] == [size, size]:
                 return pictures.to(self.device).contiguous()
-            pictures = [Image.fromarray(one) for one in pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+            rows = pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+            pictures = [Image.fromarray(one if channels > 1 else one[..., 0]) for one in rows]
         elif isinstance(pictures, Picture):
             pictures = [pictures]
-        stored = np.empty((len(pictures), side, side, CHANNELS), np.uint8)
+        stored = np.empty((len(pictures), side, side, channels), np.uint8)
         for place, picture in enumerate(pictures):
-            stored[place] = _square(picture, self.pictures.fit, side)
+            stored[place] = _square(picture, self.pictures.fit, side, channels)
         if are_mapped(self.pictures):
             middle = middle_of(side, size)
             stored = stored[:, middle, middle]
         images = torch.from_numpy(stored).permute(0, 3, 1, 2).contiguous().to(self.device)
         return Enlarger(side, size, self.device)(images)
+
+    @property
+    def how_prepared(self) -> str:
+        """What `squares` makes of a file, in words."""
+        side, size = (f"{one}x{one}" for one in (stored_side(self.pictures), self.pictures.image_size))
+        what = "the middle square" if self.pictures.fit == "crop" else "all"
+        then = f", of that the middle {size}" if are_mapped(self.pictures) else f", then bilinear to {size}"
+        return f"{what} of a picture, resized to {side} (bicubic){then if side != size else ''}"
 
 
 def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto") -> LoadedRun:
@@ -105,8 +117,10 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
     settings = _network_of(file, info) if config is None else config.model
     refuse_changed_files(settings.spec, settings.sha256)
     on = _device(device)
-    model = make_network(settings, len(info.classes), seed=0)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    channels: Literal[1, 3] = 1 if len(info.mean) == 1 else 3
+    # A stranger's file may name one that fits no memory.
+    shapeless = make_network(settings, len(info.classes), channels=channels)
+    expected = {name: tuple(tensor.shape) for name, tensor in shapeless.state_dict().items()}
     if odd := sorted({*expected.items()} ^ {*shapes.items()}):
         name = odd[0][0]
         sides = [f"has {list(one[name])}" if name in one else "has none" for one in (shapes, expected)]
@@ -114,15 +128,19 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
             f"{file} is another network's than {settings.words}: of {shorten(name)} it {sides[0]}, the network "
             f"{sides[1]}: name the run's own weights"
         )
+    model = make_network(settings, len(info.classes), channels=channels, seed=0)
     model.load_state_dict(safetensors.torch.load_file(file))
     fit = info.fit or ("crop" if config is None else config.data.fit)
-    pictures = DataConfig.model_construct(source=info.data, image_size=info.image_size, fit=fit)
+    pictures = DataConfig.model_construct(source=info.data, image_size=info.image_size, channels=channels, fit=fit)
     return LoadedRun(model.to(on).eval(), info, config, file, on, pictures, Normalizer(info.mean, info.std, on))
 
 
 def _read(file: Path) -> tuple[dict[str, tuple[int, ...]], WeightsInfo]:
     try:
-        return read_weights(file)
+        shapes, info = read_weights(file)
+        if min(info.std or (1,)) <= 0 or (info.image_size or 0) > MOST_IMAGE_SIZE:
+            raise Unreadable(f"says that pictures of side {info.image_size} have the deviation {info.std}")
+        return shapes, info
     except FileNotFoundError:
         raise UsageError(
             f"{file} is not there: a run writes best and last when its first epoch ends; name another run or file"
@@ -159,11 +177,11 @@ def _device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def _square(picture: Picture, fit: str, side: int) -> np.ndarray:
+def _square(picture: Picture, fit: str, side: int, channels: int) -> np.ndarray:
     try:
         if isinstance(picture, Image.Image):
-            return squared(picture, fit, side)
-        return decode(str(picture), fit, side)
+            return squared(picture, fit, side, channels)
+        return decode(str(picture), fit, side, channels)
     except DataError as error:
         name = "a picture" if isinstance(picture, Image.Image) else shorten(picture)
         raise DataError(f"{name} cannot be used: {error}") from None

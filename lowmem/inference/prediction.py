@@ -40,7 +40,7 @@ def predict(
     many there will be, if that is known. Raises OutOfMemory, CorruptCheckpoint."""
     execution, batch = prepare_execution(run), batch_of(path, run.config)
     classes, size, done, began = run.info.classes or (), batch, 0, time.monotonic()
-    decoded = decode_ahead(files, run.pictures.fit, stored_side(run.pictures), batch)
+    decoded = decode_ahead(files, run.pictures.fit, stored_side(run.pictures), batch, run.pictures.channels)
     while group := list(islice(decoded, batch)):
         likely: Iterator[tuple[list[float], list[int]]] = iter(())
         if pictures := [pixels for _, pixels in group if not isinstance(pixels, str)]:
@@ -60,7 +60,7 @@ def _named(probabilities: list[float], labels: list[int], classes: tuple[str, ..
 def _most_likely(
     run: LoadedRun, execution: Execution, pictures: NDArray[np.uint8], top: int, size: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Of uint8 [N, S, S, 3], `size` at a time: probabilities and labels, [N, top] each, the most probable first; and
+    """Of uint8 [N, S, S, C], `size` at a time: probabilities and labels, [N, top] each, the most probable first; and
     the size."""
     found = []
     for part in torch.from_numpy(pictures).permute(0, 3, 1, 2).split(size):

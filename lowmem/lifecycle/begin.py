@@ -286,7 +286,7 @@ def with_hashes(settings: Settings) -> Settings:
     """With what a run records of the file of its network, which is run here for the first time. Hashes that the
     settings have already stay, and whoever makes the network holds it against them."""
     model = settings.config.model
-    if model.sha256 or not (found := hashes_of(model)):
+    if model.sha256 or not (found := hashes_of(model, settings.config.data.channels)):
         return settings
     return settings.replace({"model.sha256": found}, "its files as they were")
 

@@ -23,7 +23,7 @@ from lowmem.lifecycle.begin import New, Resume
 from lowmem.lifecycle.ending import last_words
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
-from lowmem.models import check_network, make_network
+from lowmem.models import check_network, network_of
 from lowmem.remat.libraries import prepare_libraries
 from lowmem.runs.event_files import require_tensorboard
 from lowmem.train.loop import Outcome, Trainer
@@ -110,7 +110,7 @@ def refuse_unfit(group: Group, config: Config) -> None:
     require_device(config.train.device)
     refuse_size(config)
     if config.train.freeze:
-        make_network(config.model, freeze=config.train.freeze)
+        network_of(config)
     if config.train.tensorboard:
         require_tensorboard()
     if group.size > config.train.batch:
@@ -156,7 +156,7 @@ def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: O
 
     def make() -> Trainer:
         refuse_unsafe(config)
-        model = make_network(config.model, len(dataset.classes), seed=config.seed, freeze=config.train.freeze)
+        model = network_of(config, len(dataset.classes), seed=config.seed)
         with _out_of_memory(path):
             return Trainer(config, model, dataset, observer, decision.plan, group, decision.split)
 

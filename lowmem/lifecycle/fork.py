@@ -19,7 +19,7 @@ from lowmem.choose.decide import RecordedRun, batch_chosen
 from lowmem.choose.execution import resolve_execution
 from lowmem.config.networks import refuse_changed_files
 from lowmem.config.paths import where_else
-from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OWN_NETWORK, Config, flatten
+from lowmem.config.schema import OF_THE_WEIGHTS, ONLY_AT_THE_BEGINNING, OWN_NETWORK, Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import shorten
@@ -37,7 +37,7 @@ from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.replica import exact_settings, identity_of
+from lowmem.train.replica import REFROZEN, exact_settings, identity_of
 from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low, warmup_epochs
 
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
@@ -128,7 +128,7 @@ def check(old: Config, new: Config, *, named: bool = False) -> Changes:
                 "model.sha256 is recorded, and cannot be set in a fork: name the network with --model, and its files "
                 "are taken as they are"
             )
-        if key.startswith("model.") and key not in OWN_NETWORK:
+        if (key.startswith("model.") and key not in OWN_NETWORK) or key in OF_THE_WEIGHTS:
             raise UsageError(
                 f"{key} cannot become {after[key]!r} in a fork: the weights are for {before[key]!r} only; "
                 "start a new run with `lowmem train`"
@@ -242,6 +242,8 @@ class Fork(New):
             now.lr_scale = 1.0
         now.low_start = was.low_start and starts_low(new)
         state = {"run": asdict(now), "identity": identity, "settings": exact_settings(new)}
+        if "train.freeze" in self._changes:
+            state[REFROZEN] = {"was": list(self._old.train.freeze)}
         self._carried = replace(old, step=now.step, state=state)
         # The rate from the fork on, as it would have been and as it is. The old run's steps an epoch follow from where
         # its checkpoint is.

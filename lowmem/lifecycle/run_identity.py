@@ -16,7 +16,7 @@ from lowmem.core.errors import CorruptCheckpoint, Diverged, UsageError
 from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json, shorten
 from lowmem.distributed.group import Group
 from lowmem.distributed.launch import Launch
-from lowmem.models import make_network
+from lowmem.models import network_of
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
 from lowmem.runs.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ def network(config: Config, classes: int = 10) -> nn.Module:
     """On `meta`. Of recorded settings: raises PreflightError for a file that is not as it was recorded, and does not
     run it."""
     refuse_changed_files(config.model.spec, config.model.sha256)
-    return make_network(config.model, classes, freeze=config.train.freeze)
+    return network_of(config, classes)
 
 
 def network_shapes(config: Config) -> dict[str, Shape]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lowmem.measure.nvml import Driver, DriverDevice, DriverReport
+from lowmem.measure.nvml import CardLoad, Driver, DriverDevice, DriverReport
 from lowmem.measure.snapshot import Snapshot
 
 
@@ -76,6 +76,9 @@ class CudaSource:
         self.reset, self.close = torch.cuda.reset_peak_memory_stats, self._driver.close
         # Only a report from before the context can tell its size where the driver does not name processes.
         self._before = None if torch.cuda.is_initialized() else self._driver.read()
+
+    def load(self) -> CardLoad | None:
+        return self._driver.load(device_uuid())
 
     def read(self) -> Snapshot:
         uuid = device_uuid()

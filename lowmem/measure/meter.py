@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lowmem.measure.nvml import CardLoad
 from lowmem.measure.snapshot import Snapshot
 
 _STATUS = Path("/proc/self/status")
@@ -19,7 +20,8 @@ MACHINE = Path("/proc/meminfo")
 class Meter:
     """Reads the memory of a device: `cpu` or `cuda` (torch's current one). `reset` starts new peaks, where the device
     has any to reset; `read` gives the figures now and since the last reset, in a few milliseconds: cheap enough for
-    every line of a log, not for every step; `close` lets go of the driver's library.
+    every line of a log, not for every step; `load` tells how the card works (None: the CPU, or nobody tells); `close`
+    lets go of the driver's library.
 
     Where the driver does not tell what a process holds, a meter made before CUDA is first used still knows this
     process's context, from how the card filled up.
@@ -27,6 +29,7 @@ class Meter:
 
     reset: Callable[[], None]
     read: Callable[[], Snapshot]
+    load: Callable[[], CardLoad | None]
     close: Callable[[], None]
 
     def __init__(self, device: str) -> None:
@@ -34,10 +37,11 @@ class Meter:
             from lowmem.measure.cuda import CudaSource
 
             card = CudaSource()
-            self.reset, self.read, self.close = card.reset, card.read, card.close
+            self.reset, self.read, self.load, self.close = card.reset, card.read, card.load, card.close
         else:
             processor = CpuSource()
             self.reset, self.read, self.close = processor.reset, processor.read, lambda: None
+            self.load = lambda: None
 
 
 class CpuSource:

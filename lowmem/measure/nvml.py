@@ -1,4 +1,5 @@
-"""The driver's own account of the cards: memory, who holds it, the link in use. The only module that imports `pynvml`.
+"""The driver's own account of the cards: memory, who holds it, the link in use, how they work. The only module that
+imports `pynvml`.
 
 Every figure may be missing (no driver, no permission, a laptop that does not tell). Nothing here makes a CUDA context.
 
@@ -31,6 +32,35 @@ class Link:
     lanes: int | None = None
     most_generation: int | None = None
     most_lanes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardLoad:
+    """How a card works at one moment. Clocks are of its multiprocessors; `most_clock_mhz`: as it is set, else as it
+    could; `utilization_pct`: of the last second or less, with any kernel running; `throttle_reasons`: NVML's bits."""
+
+    temperature_c: int | None = None
+    power_watts: float | None = None
+    clock_mhz: int | None = None
+    most_clock_mhz: int | None = None
+    utilization_pct: int | None = None
+    throttle_reasons: int | None = None
+
+
+# The bits that say that a card would run faster if it could (nvml.h, nvmlClocksEventReasons); others are idleness and
+# clocks that somebody set.
+THROTTLE_REASONS = {
+    0x4: "power limit",
+    0x8: "hardware slowdown",
+    0x20: "heat",
+    0x40: "heat (hardware)",
+    0x80: "power brake",
+}
+
+
+def throttled_by(bits: int | None) -> list[str]:
+    """What holds a card back, in words; empty if nothing does, or nobody tells."""
+    return [words for bit, words in THROTTLE_REASONS.items() if (bits or 0) & bit]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +139,27 @@ class Driver:
             self._closing()
             self.missing = "the driver is no longer asked: its meter was closed"
 
+    def load(self, uuid: str | None) -> CardLoad | None:
+        """How the card of `uuid` (as NVML writes it) works now; None where that cannot be asked. Some calls of the
+        driver, which wait for nothing that the card does."""
+        library = self._library
+        handle = None if self.missing else _ask(library, "nvmlDeviceGetHandleByUUID", uuid)
+        if handle is None:
+            return None
+        power, rates = (
+            _ask(library, "nvmlDeviceGetPowerUsage", handle),
+            _ask(library, "nvmlDeviceGetUtilizationRates", handle),
+        )
+        most = _ask(library, "nvmlDeviceGetApplicationsClock", handle, _SM)
+        return CardLoad(
+            temperature_c=_ask(library, "nvmlDeviceGetTemperature", handle, _CORE),
+            power_watts=None if power is None else power / 1000,
+            clock_mhz=_ask(library, "nvmlDeviceGetClockInfo", handle, _SM),
+            most_clock_mhz=most or _ask(library, "nvmlDeviceGetMaxClockInfo", handle, _SM),
+            utilization_pct=None if rates is None else rates.gpu,
+            throttle_reasons=_ask(library, "nvmlDeviceGetCurrentClocksThrottleReasons", handle),
+        )
+
     def read(self, uuid: str | None = None) -> DriverReport:
         """The cards as they are now: all of them, or only that of `uuid` (and those that do not tell theirs), which
         asks nothing more of the others."""
@@ -126,6 +177,7 @@ class Driver:
         )
 
 
+_SM, _CORE = 1, 0  # of NVML's clocks, and of its thermometers
 _NO_PACKAGE = "the driver cannot be asked without the package nvidia-ml-py (module pynvml): pip install nvidia-ml-py"
 _REASONS = {
     "NVMLError_LibraryNotFound": "no NVIDIA driver here (its library NVML was not found): install the driver; in a "

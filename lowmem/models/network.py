@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.config.networks import file_of
-from lowmem.config.schema import ModelConfig
+from lowmem.config.schema import Config, ModelConfig
 from lowmem.core.counter_rng import derive_seed
 from lowmem.core.errors import LowmemError, PreflightError
+from lowmem.core.units import counted
 from lowmem.models import resnet
 from lowmem.models.freezing import freeze as freeze_parts
 from lowmem.models.source import construct, file_hashes, first_line, generators_at
@@ -26,20 +27,31 @@ _TRIED = 2  # pictures, the least that batch norm takes
 
 
 def make_network(
-    model: ModelConfig, num_classes: int = 10, *, seed: int | None = None, freeze: Sequence[str] = ()
+    model: ModelConfig,
+    num_classes: int = 10,
+    *,
+    channels: int = 3,
+    seed: int | None = None,
+    freeze: Sequence[str] = (),
 ) -> nn.Module:
-    """In fp32 on the CPU, initialised from the seed; None: on `meta`. `freeze`: see `lowmem.models.freezing`. Raises
-    UsageError, PreflightError (see `lowmem.models.source`)."""
+    """In fp32 on the CPU, initialised from the seed; None: on `meta`. `channels`: of the pictures; `freeze`: see
+    `lowmem.models.freezing`. Raises UsageError, PreflightError (see `lowmem.models.source`)."""
     frozen = {"freeze": list(freeze)} if freeze else {}
-    return from_recipe({**model.given, "num_classes": num_classes, **frozen}, seed=seed)
+    return from_recipe({**model.given, "num_classes": num_classes, "in_channels": channels, **frozen}, seed=seed)
 
 
-def hashes_of(model: ModelConfig) -> dict[str, str]:
+def network_of(config: Config, num_classes: int = 10, *, seed: int | None = None) -> nn.Module:
+    """As `make_network`, of a run's settings."""
+    channels, freeze = config.data.channels, config.train.freeze
+    return make_network(config.model, num_classes, channels=channels, seed=seed, freeze=freeze)
+
+
+def hashes_of(model: ModelConfig, channels: int = 3) -> dict[str, str]:
     """What a run is to record in `model.sha256`, of a network that the user has just named: its file is run. Raises as
     `make_network` does."""
     if file_of(model.spec) is None or model.spec is None:
         return {}
-    make_network(model)
+    make_network(model, channels=channels)
     return file_hashes(model.spec)
 
 
@@ -90,7 +102,7 @@ def check_network(model: ModelConfig, num_classes: int, image_shape: Sequence[in
     with values."""
     if model.spec is None:
         return  # the family does
-    net, said = make_network(model, num_classes).train(), model.words
+    net, said = make_network(model, num_classes, channels=image_shape[0]).train(), model.words
     if any(nn.parameter.is_lazy(one) for one in (*net.parameters(), *net.buffers())):
         raise PreflightError(f"{said} has lazy layers, whose sizes are not known: give these layers their sizes")
     if not any(parameter.requires_grad for parameter in net.parameters()):
@@ -114,7 +126,7 @@ def check_network(model: ModelConfig, num_classes: int, image_shape: Sequence[in
 
 
 def _tried_on_values(model: ModelConfig, num_classes: int, image_shape: Sequence[int]) -> object:
-    net, said = make_network(model, num_classes, seed=0).train(), model.words
+    net, said = make_network(model, num_classes, channels=image_shape[0], seed=0).train(), model.words
     size = "x".join(map(str, image_shape))
     try:
         with torch.no_grad():
@@ -123,8 +135,9 @@ def _tried_on_values(model: ModelConfig, num_classes: int, image_shape: Sequence
         first = next((one for one in net.modules() if isinstance(one, nn.Conv2d)), None)
         if first is not None and first.in_channels != image_shape[0]:
             raise PreflightError(
-                f"{said} takes pictures of {first.in_channels} channels, and these have {image_shape[0]}: let its "
-                f"first convolution take {image_shape[0]}"
+                f"{said} takes pictures of {counted(first.in_channels, 'channel')}, and these have {image_shape[0]}: "
+                f"let its first convolution take {image_shape[0]} (an argument in_channels or in_chans of it is given "
+                "that), or set data.channels (3: RGB, 1: grey)"
             ) from None
         raise PreflightError(
             f"{said} does not take pictures of {size} ({first_line(error)}): give the --image-size that it takes, tell "

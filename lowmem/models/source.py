@@ -27,19 +27,21 @@ from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.reading import shorten
 
 _PREFIX = "lowmem_network_"  # of the names of modules that are files of networks
+_IN_CHANNELS = ("in_channels", "in_chans")  # how networks name the channels of their pictures
 
 
 def construct(
-    spec: str, args: Mapping[str, Any], num_classes: int, sha256: Mapping[str, str] | None = None
+    spec: str, args: Mapping[str, Any], num_classes: int, sha256: Mapping[str, str] | None = None, in_channels: int = 3
 ) -> nn.Module:
     """The network by its own initialisation, on the device that is the default. `sha256`: as a run recorded it, of the
-    file and of those beside it; empty: the user names it now.
+    file and of those beside it; empty: the user names it now. `in_channels`: of the pictures; it is told of others than
+    three, where it takes that. `args` have the last word.
 
     Raises UsageError for a name or arguments that there are not, PreflightError for a file that is not as it was
     recorded (it is not run then) or that fails."""
     said = describe(spec, args)
     with torch.device("cpu"):  # what a module makes when it is imported is there for all networks of it
-        make = _maker(spec, dict(sha256 or {}))
+        make = _maker(spec, dict(sha256 or {}), in_channels)
     with _beside(file_of(spec)):
         try:
             made = make(num_classes, dict(args))
@@ -67,15 +69,15 @@ def file_hashes(spec: str) -> dict[str, str]:
     return {} if file is None else dict(_LOADED[file].sha256)
 
 
-def _maker(spec: str, sha256: Mapping[str, str]) -> Callable[[int, dict[str, Any]], object]:
+def _maker(spec: str, sha256: Mapping[str, str], channels: int) -> Callable[[int, dict[str, Any]], object]:
     place, name = split_spec(spec)
     if place == "torchvision":
         return of_torchvision(name)
     if place == "timm":
-        return _of_timm(name)
+        return _of_timm(name, channels)
     if sha256:
         refuse_changed_files(spec, sha256)
-    return _of_file(Path(place), name)
+    return _of_file(Path(place), name, channels)
 
 
 @contextmanager
@@ -105,14 +107,15 @@ def of_torchvision(name: str) -> Callable[[int, dict[str, Any]], object]:
     return lambda classes, args: models.get_model(name, weights=None, num_classes=classes, **args)
 
 
-def _of_timm(name: str) -> Callable[[int, dict[str, Any]], object]:
+def _of_timm(name: str, channels: int) -> Callable[[int, dict[str, Any]], object]:
     try:
         import timm
     except ImportError:
         raise PreflightError(f"timm:{name} needs timm, which is not installed: pip install timm") from None
     if not timm.is_model(name):
         _refuse_unknown("timm", name, timm.list_models())
-    return lambda classes, args: timm.create_model(name, pretrained=False, num_classes=classes, **args)
+    told = {} if channels == 3 else {"in_chans": channels}
+    return lambda classes, args: timm.create_model(name, pretrained=False, num_classes=classes, **{**told, **args})
 
 
 def _refuse_unknown(library: str, name: str, known: list[str]) -> None:
@@ -149,7 +152,7 @@ class _LoadedFile:
 _LOADED: dict[Path, _LoadedFile] = {}
 
 
-def _of_file(file: Path, name: str) -> Callable[[int, dict[str, Any]], object]:
+def _of_file(file: Path, name: str, channels: int) -> Callable[[int, dict[str, Any]], object]:
     loaded = _LOADED.get(file)
     if loaded is None or not loaded.is_current:
         loaded = _LOADED[file] = _run_file(file)
@@ -161,7 +164,9 @@ def _of_file(file: Path, name: str) -> Callable[[int, dict[str, Any]], object]:
         raise UsageError(f"{file}: {name} {wrong}: give --model {file.name}:NAME, where {has}")
     parameters = inspect.signature(target).parameters.values()
     takes = any(one.name == "num_classes" or one.kind is one.VAR_KEYWORD for one in parameters)
-    return lambda classes, args: target(**({"num_classes": classes} if takes else {}), **args)
+    named = [one.name for one in parameters if one.name in _IN_CHANNELS and (channels != 3 or one.default is one.empty)]
+    told = dict.fromkeys(named, channels)
+    return lambda classes, args: target(**({"num_classes": classes} if takes else {}), **{**told, **args})
 
 
 def _is_network(value: object, module: ModuleType) -> bool:

@@ -117,6 +117,7 @@ class StageCost:
     fast_seconds: float  # f0: forward that saves nothing
     fast_temp_bytes: int  # t0: above input and output
     param_grad_bytes: int = 0  # come to exist at this stage's backward and stay
+    host_grad_bytes: int = 0  # those of them that may wait in host memory until the whole backward is over
     last_options: tuple[OptionCost, ...] = ()
     reached: bool = True
 

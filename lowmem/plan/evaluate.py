@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lowmem.core.units import format_size
 from lowmem.plan.cost import ChainCost, OptionCost
-from lowmem.plan.policy import OUTPUT, Item, Keep, Schedule, Segment
+from lowmem.plan.policy import GRADS, OUTPUT, Item, Keep, Schedule, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,7 @@ class Walk:
         for index in reversed(range(len(items))):
             item, dropped = items[index], before[index]
             self.held += moves.get(("back", item.end), 0)
+            self.param_grads += moves.get(("grads", item.end), 0)
             if isinstance(item, Segment) and item is not last:
                 self.held -= x[item.end + 1]
             own = before[index + 1]  # what restoring its output has left is there beside its own input
@@ -134,19 +135,25 @@ class Walk:
             if dropped is not None:
                 # what restoring left is part of the temporaries of the backward that comes next
                 self.held -= x[item.start] + dropped.restored_bytes
+            if index == 0 and ("grads", -1) in moves:
+                self.param_grads += moves["grads", -1]
+                self.touch("gradients back from the host, end", item.start, 0)
             self._close(inside)
 
     def _moves(self, items: tuple[Item, ...]) -> dict[tuple[str, int], int]:
-        """Bytes that are gone after, and back before, an item with that last stage."""
+        """Bytes that are gone after, and back before, an item with that last stage; of gradients those that are more
+        before its backward, or (-1) after all."""
         moves: dict[tuple[str, int], int] = {}
         for item in items:
             for host in item.host:
-                sizes = {OUTPUT: self.chain.boundary_bytes[item.end + 1]}
+                grads = sum(stage.host_grad_bytes for stage in self.chain.stages[item.start : item.end + 1])
+                sizes = {OUTPUT: self.chain.boundary_bytes[item.end + 1], GRADS: grads}
                 if isinstance(item, Keep):
                     sizes.update(self.chain.stages[item.stage].option(item.policy).host_tensors)
                 nbytes = sum(sizes[name] for name in host.names)
-                for key in (("gone", host.gone), ("back", host.back)):
-                    moves[key] = moves.get(key, 0) + nbytes
+                gone, back, sign = ("grads", "grads", -1) if GRADS in host.names else ("gone", "back", 1)
+                for key, change in (((gone, host.gone), sign * nbytes), ((back, host.back), nbytes)):
+                    moves[key] = moves.get(key, 0) + change
         return moves
 
     @staticmethod

@@ -1,10 +1,8 @@
 """What waits in host memory, and when it moves: a schedule of the solver's, with the tensors of its first items away.
 
 The last tensors that a forward makes are the first that the backward needs, so those of the first items have the most
-time to leave and to come back. For a schedule, and a number of items whose tensors leave, a timeline of three channels
-(computing; each way of the link) settles the moments: a tensor leaves as soon as it is there, one after the other, and
-is freed at the first end of an item's forward at which its copy is over, earlier only where memory runs out: then the
-computing waits. It comes back, in the order of use, as early as the budget leaves room from then on.
+time to leave and to come back. For a schedule, and a number of items whose tensors leave, a timeline settles the
+moments (`lowmem.plan.timeline`).
 
 Candidates are the schedules of the solver's table that need more than the budget, each with the first n items away; and
 the first n stages under the policies that are cheapest at a price of memory, all of it away, with the solver's schedule
@@ -23,72 +21,30 @@ from typing import NamedTuple
 
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost, OptionCost
-from lowmem.plan.evaluate import Solution, Span, Walk, evaluate
-from lowmem.plan.policy import OUTPUT, Host, Item, Keep, Schedule, Segment
-from lowmem.plan.solver import NEAR_RATIO, NEAR_RUNGS, Solver
+from lowmem.plan.evaluate import Solution, Walk, evaluate
+from lowmem.plan.policy import GRADS, OUTPUT, Host, Item, Keep, Schedule, Segment
+from lowmem.plan.solver import Solver
 from lowmem.plan.table import Table
+from lowmem.plan.timeline import Cargo, LinkRates, Timeline, timeline
 
 _CURVE_POINTS = 40  # of the solver's schedules that are tried
+_STEPS = 400  # of what a step takes at least, is the first one up from there to what fits
 _NOTHING = 1e-9  # seconds by which nothing is faster
 # Of memory, as shares of the seconds of the fastest step for each byte that it keeps.
 _PRICES = (0.0, *(0.02 * 1.4**power for power in range(14)))
 
 
 @dataclass(frozen=True)
-class LinkRates:
-    """Of a link to host memory, in bytes per second, each way while the other is busy too."""
-
-    out: float
-    back: float
-
-    def __post_init__(self) -> None:
-        if not (self.out > 0 and self.back > 0):
-            raise ValueError("rates are positive")
-
-    def seconds(self, nbytes: int) -> float:
-        """Out and back."""
-        return nbytes / self.out + nbytes / self.back
-
-    def __str__(self) -> str:
-        out, back = (f"{rate / 1e9:.3g} GB/s" for rate in (self.out, self.back))
-        return f"at {out} each way" if out == back else f"at {out} out and {back} back"
-
-
-@dataclass(frozen=True)
 class HostTerms:
-    """What host memory there is for a step, and how to get there."""
+    """What host memory there is for a step, and how to get there. `grads`: complete gradients of parameters may wait
+    there too, until the backward is over: nobody looks at `.grad` before, and there was none."""
 
     rates: LinkRates
     limit_bytes: int
+    grads: bool = False
 
 
-@dataclass(eq=False)
-class _Cargo:
-    """Tensors of an item that travel together. Numbers are of items: the one that makes them, the first after whose
-    forward, and the one before whose backward they are needed."""
-
-    names: frozenset[str]
-    nbytes: int
-    item: int
-    needed: int  # also the least after which it may be freed: whoever reads it in the backward does so in the forward
-    gone: int = -1
-    back: int = -1
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """A step with tensors away: `seconds` of forward and backward, `waiting_seconds` of it for the link."""
-
-    cargo: Sequence[_Cargo]
-    seconds: float
-    waiting_seconds: float
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(one.nbytes for one in self.cargo)
-
-
-def cargo_of(items: Sequence[Item], chain: ChainCost, count: int) -> Iterator[_Cargo]:
+def cargo_of(items: Sequence[Item], chain: ChainCost, count: int) -> Iterator[Cargo]:
     """What the first so many items can send."""
     for number, item in enumerate(items[:count]):
         sends = True
@@ -98,10 +54,10 @@ def cargo_of(items: Sequence[Item], chain: ChainCost, count: int) -> Iterator[_C
                 continue
             if option.host_tensors:
                 names, sizes = zip(*option.host_tensors, strict=True)
-                yield _Cargo(frozenset(names), sum(sizes), number, number)
+                yield Cargo(frozenset(names), sum(sizes), number, number)
             sends = option.sends_output
         if sends and number + 1 < len(items) and _frees_input(items[number + 1], chain):
-            yield _Cargo(frozenset({OUTPUT}), chain.boundary_bytes[item.end + 1], number, number + 1)
+            yield Cargo(frozenset({OUTPUT}), chain.boundary_bytes[item.end + 1], number, number + 1)
 
 
 def _frees_input(item: Item, chain: ChainCost) -> bool:
@@ -110,107 +66,20 @@ def _frees_input(item: Item, chain: ChainCost) -> bool:
     return not item.policy.drop_output and chain.stages[item.stage].option(item.policy).frees_input
 
 
-def timeline(spans: Sequence[Span], cargo: Iterable[_Cargo], budget_bytes: int, rates: LinkRates) -> Timeline | None:
-    """Settles when the cargo moves, under a budget for all that is on the device; None if that is too little.
-    `spans`: of the items' forwards and then backwards (`Walk.spans`)."""
-    count = len(spans) // 2
-    forward, backward = spans[:count], spans[count:][::-1]
-    left = _leave(forward, backward[-1], cargo, budget_bytes, rates.out)
-    if left is None:
-        return None
-    away, ends = left
-    waited = ends - sum(span.seconds for span in forward)
-    if not _come_back(backward, away, budget_bytes):
-        return None
-    seconds = _return(backward, away, rates.back)
-    waited += seconds - sum(span.seconds for span in backward)
-    return Timeline(away, ends + seconds, max(0.0, waited))  # sums round
-
-
-def _leave(
-    forward: Sequence[Span], turn: Span, cargo: Iterable[_Cargo], budget_bytes: int, rate: float
-) -> tuple[list[_Cargo], float] | None:
-    """The cargo that has left by the end of the forward, and when that is. `turn`: the first backward."""
-    waiting = list(cargo)
-    moving: list[tuple[_Cargo, float]] = []  # with when its copy is over
-    away: list[_Cargo] = []
-    now = free_at = 0.0
-    missing = 0  # bytes that are away
-
-    def make_room(span: Span, after: int) -> bool:
-        """Waits for copies until the span fits."""
-        nonlocal now, missing
-        while span.most_bytes - missing > budget_bytes:
-            first = next((pair for pair in moving if pair[0].needed <= after), None)
-            if first is None:
-                return False
-            moving.remove(first)
-            now = max(now, first[1])
-            go(first[0], after)
-        return True
-
-    def go(one: _Cargo, after: int) -> None:
-        nonlocal missing
-        one.gone = after
-        missing += one.nbytes
-        away.append(one)
-
-    for number, span in enumerate(forward):
-        if not make_room(span, number - 1):
-            return None
-        now += span.seconds
-        while waiting and waiting[0].item == number:
-            free_at = max(free_at, now) + waiting[0].nbytes / rate
-            moving.append((waiting.pop(0), free_at))
-        for pair in [pair for pair in moving if pair[1] <= now and pair[0].needed <= number]:
-            moving.remove(pair)
-            go(pair[0], number)
-    last = len(forward) - 1
-    return (away, now) if make_room(turn, last) else None
-
-
-def _come_back(backward: Sequence[Span], away: list[_Cargo], budget_bytes: int) -> bool:
-    """Settles before whose backward each comes back: as early as there is room from then on. False if there is none
-    when it is needed."""
-    away.sort(key=lambda one: (-one.needed, -one.item))
-    missing = [0] * len(backward)
-    for one in away:
-        for number in range(one.needed + 1, len(backward)):
-            missing[number] += one.nbytes
-    room = [budget_bytes - span.most_bytes + less for span, less in zip(backward, missing, strict=True)]
-    if min(room) < 0:
-        return False
-    latest = len(backward) - 1
-    for one in away:
-        one.back = one.needed
-        while one.back < latest and room[one.back + 1] >= one.nbytes:
-            one.back += 1
-            room[one.back] -= one.nbytes
-        latest = one.back
-    return True
-
-
-def _return(backward: Sequence[Span], away: Sequence[_Cargo], rate: float) -> float:
-    """Seconds of the backward; nothing begins to come back sooner than the link is free for it."""
-    now = free_at = 0.0
-    left, coming = list(away), list[tuple[_Cargo, float]]()
-    for number in reversed(range(len(backward))):
-        ends = now + backward[number].seconds
-        while left and left[0].back >= number and (free_at <= ends or left[0].needed == number):
-            left[0].back = number
-            free_at = max(free_at, now) + left[0].nbytes / rate
-            coming.append((left.pop(0), free_at))
-        for pair in [pair for pair in coming if pair[0].needed == number]:
-            coming.remove(pair)
-            now = max(now, pair[1])
-        now += backward[number].seconds
-    return now
+def grads_of(items: Sequence[Item], chain: ChainCost, budget_bytes: int) -> Iterator[Cargo]:
+    """The gradients that may wait, in the order in which the backward completes them; none if there is no room for all
+    of them at its end."""
+    at_the_end = chain.fixed_bytes + chain.boundary_grad_bytes[0] + chain.later_param_grad_bytes[0]
+    for number in reversed(range(1, len(items) if budget_bytes >= at_the_end else 1)):
+        item = items[number]
+        if nbytes := sum(stage.host_grad_bytes for stage in chain.stages[item.start : item.end + 1]):
+            yield Cargo(frozenset({GRADS}), nbytes, number, -1)
 
 
 def with_host(schedule: Schedule, line: Timeline) -> Schedule:
     """The schedule, with the timeline's moments."""
     hosts: dict[int, list[Host]] = {}
-    ends = [item.end for item in schedule.items]
+    ends = [*(item.end for item in schedule.items), -1]  # the last: of gradients that come back at the end
     for one in sorted(line.cargo, key=lambda one: (one.item, one.needed)):
         hosts.setdefault(one.item, []).append(Host(one.names, ends[one.gone], ends[one.back]))
     return Schedule(
@@ -227,8 +96,8 @@ class Way(NamedTuple):
 
 
 class HostSolver(Solver):
-    """A solver that may let tensors wait in host memory; `solve` and `ladder` do, the curve and the least are those
-    without. `limit_bytes` bounds nothing: what needs more than a budget is what host memory is for."""
+    """A solver that may let tensors wait in host memory; the curve is that without. `limit_bytes` bounds nothing: what
+    needs more than a budget is what host memory is for."""
 
     def __init__(self, chain: ChainCost, terms: HostTerms) -> None:
         super().__init__(chain)
@@ -238,14 +107,14 @@ class HostSolver(Solver):
     def _usual(self) -> list[Solution]:
         return self.curve(_CURVE_POINTS)
 
-    def _priced(self, most_bytes: int) -> list[list[OptionCost]]:
+    def _priced(self, most_bytes: int, later: Sequence[int]) -> list[list[OptionCost]]:
         """For each price every stage's cheapest option of those whose backward fits into so many bytes if everything
-        else is away."""
+        else is away but `later` bytes of parameters' gradients."""
         chain = self.chain
         stages = [stage.anywhere for stage in chain.stages]
         fast = [min(options, key=lambda one: (one.seconds, one.kept_bytes)) for options in stages]
         unit = sum(one.seconds for one in fast) / max(1, sum(one.kept_bytes for one in fast))
-        x, g, later = chain.boundary_bytes, chain.boundary_grad_bytes[1:], chain.later_param_grad_bytes[1:]
+        x, g = chain.boundary_bytes, chain.boundary_grad_bytes[1:]
         left = [most_bytes - sum(beside) for beside in zip(x, g, later, strict=False)]
         fitting = [
             [one for one in options if one.kept_bytes + one.backward_temp_bytes <= most] or options
@@ -260,30 +129,43 @@ class HostSolver(Solver):
 
     def solve_alone(self, budget_bytes: int) -> Solution:
         """Without host memory. Raises Infeasible."""
-        return super().solve(budget_bytes)
+        found = super()._fastest(budget_bytes)
+        if found is None:
+            raise Infeasible(budget_bytes, self._table_least.peak_bytes, "without host memory", "allow it")
+        return found
 
-    def solve(self, budget_bytes: int) -> Solution:
-        """The fastest that fits, with host memory or without. Raises Infeasible with the least budget of those
-        without."""
-        alone, refused = None, None
-        try:
-            alone = self.solve_alone(budget_bytes)
-        except Infeasible as error:
-            refused = error
-        if budget_bytes >= self.chain.outside_peak_bytes:
-            most = inf if alone is None else alone.seconds
-            found = fastest(self._ways(budget_bytes), self.chain, budget_bytes, self.terms, most)
-            if found is not None:
-                return found
-        if alone is None:
-            assert refused is not None
-            raise refused
-        return alone
+    def _fastest(self, budget_bytes: int) -> Solution | None:
+        """With host memory or without."""
+        alone = super()._fastest(budget_bytes)
+        if budget_bytes < self.chain.outside_peak_bytes:
+            return alone
+        most = inf if alone is None else alone.seconds
+        return fastest(self._ways(budget_bytes), self.chain, budget_bytes, self.terms, most) or alone
 
-    def ladder(self, below_bytes: int, ratio: float = NEAR_RATIO, near: int = NEAR_RUNGS) -> list[Solution]:
-        rungs = super().ladder(below_bytes, ratio, near)
-        # The least is that without host memory; with it the same bytes may take less time.
-        return [*rungs[:-1], *(self.solve(least.peak_bytes) for least in rungs[-1:])]
+    def least(self) -> Solution:
+        """With gradients away it may be less than the table's; in the bytes of that host memory may save time."""
+        return self._least
+
+    @cached_property
+    def _least(self) -> Solution:
+        high = self._table_least.peak_bytes
+        if self.terms.grads:
+            step = (bound := self._bound()) // _STEPS
+            while bound + step < high:
+                if (found := self._fastest(bound + step)) is not None:
+                    return found
+                step *= 2
+        return self._fastest(high) or self._table_least
+
+    def _bound(self) -> int:
+        """Bytes that a step takes at least, if everything waits in host memory that may."""
+        chain, stay = self.chain, 0
+        most = chain.outside_peak_bytes
+        for stage, output_grad in zip(reversed(chain.stages), chain.boundary_grad_bytes[:0:-1], strict=True):
+            own = min(one.kept_bytes + one.backward_temp_bytes for one in (*stage.options, *stage.last_options))
+            most = max(most, chain.fixed_bytes + stage.input_bytes + output_grad + stay + own)
+            stay += stage.param_grad_bytes - stage.host_grad_bytes
+        return most
 
     def _ways(self, budget_bytes: int) -> Iterator[Way]:
         """Candidates, some of which may fit."""
@@ -292,7 +174,11 @@ class HostSolver(Solver):
                 items = one.schedule.items
                 yield Way(one.seconds, partial(tuple, items), range(1, len(items)))
         table = self.table
-        for options in self._priced(budget_bytes - self.chain.fixed_bytes):
+        most, later = budget_bytes - self.chain.fixed_bytes, self.chain.later_param_grad_bytes[1:]
+        priced = self._priced(most, later)
+        if self.terms.grads:
+            priced += self._priced(most, [0] * len(later))
+        for options in priced:
             items = tuple(Keep(stage, option.policy) for stage, option in enumerate(options))
             left, seconds = budget_bytes - self.chain.fixed_bytes, self.chain.outside_seconds
             away = [0] * len(items)
@@ -322,8 +208,11 @@ def fastest(
             break  # the others are slower even without waiting
         items, walk = way.items(), Walk(chain)
         walk.items(tuple(items))
+        movable = list(cargo_of(items, chain, len(items)))
         for count in way.counts:
-            line = timeline(walk.spans, cargo_of(items, chain, count), budget_bytes, terms.rates)
+            cargo = (replace(one) for one in movable if one.item < count)
+            grads = grads_of(items, chain, budget_bytes) if terms.grads else ()
+            line = timeline(walk.spans, cargo, budget_bytes, terms.rates, grads)
             if line is None or line.host_bytes > terms.limit_bytes:
                 continue
             if line.seconds + chain.outside_seconds < seconds - _NOTHING:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby, takewhile
 
 from lowmem.core.units import aligned
-from lowmem.plan.policy import BlockPolicy, Item, Keep, PolicyKind, Schedule, Segment
+from lowmem.plan.policy import GRADS, BlockPolicy, Item, Keep, PolicyKind, Schedule, Segment
 
 LONGEST_TURN = 4  # items
 MOST_NAMED = 6  # kept tensors
@@ -62,8 +62,11 @@ def legend(schedule: Schedule) -> list[str]:
         said.append("-out: and drops the output, which is computed again from the input and what is kept")
     if any(isinstance(item, Segment) for item in schedule.items):
         said.append("checkpoint: keeps only the input of its first stage; then runs forward again, as in brackets")
-    if schedule.hosts:
+    hosts = [host for item in schedule.items for host in item.host]
+    if any(GRADS not in host.names for host in hosts):
         said.append("+host: tensors that it keeps wait in host memory until its backward pass comes near")
+    if any(GRADS in host.names for host in hosts):
+        said.append("+host.grad: its parameters' gradients wait in host memory until the backward pass is over")
     return said
 
 
@@ -99,7 +102,7 @@ def _range(names: Sequence[str], start: int, end: int) -> str:
 
 
 def _action(item: Item) -> str:
-    host = " +host" if item.host else ""
+    host = "".join(sorted({" +host.grad" if GRADS in one.names else " +host" for one in item.host}))
     if isinstance(item, Keep):
         return f"{shown(item.policy)}{host}"
     size = item.end - item.start + 1

@@ -92,6 +92,7 @@ def keep(*names: str, drop_output: bool = False) -> BlockPolicy:
 
 
 OUTPUT = "output"  # of an item, among the names of what waits on the host
+GRADS = ".grad"  # of its parameters, which no operation's name can be
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class Host:
     `names`: of what its policy keeps, and `output` for its output. The copy out begins when the item has run forward;
     the tensors on the device are freed after the forward of the item whose last stage is `gone`, which waits for the
     copy if need be. The copy back begins before the backward of the item whose last stage is `back`.
+
+    `GRADS`, alone among the names: the gradients of the item's parameters, which its backward completes. They leave
+    then, are freed before the backward of the item whose last stage is `gone`, and are there again when the whole
+    backward is over; the copy back begins before that of `back`, or (-1) at the end.
     """
 
     names: frozenset[str]
@@ -174,6 +179,15 @@ class Schedule:
     def _check_host(self, number: int, item: Item, host: Host) -> None:
         """Raises ValueError for what is not there, and for points that are none."""
         ends = [one.end for one in self.items]
+        if GRADS in host.names:
+            if host.names != {GRADS} or not (host.gone in ends and host.back in (-1, *ends)):
+                raise ValueError(f"gradients of stage {item.end} wait alone, until the backward of an item or the end")
+            if not host.back < host.gone < item.start:
+                raise ValueError(
+                    f"gradients of stage {item.end} go before the backward of stage {host.gone} and come back before "
+                    f"that of {host.back}: it has to be after their own, and in this order"
+                )
+            return
         drops = isinstance(item, Keep) and item.policy.drop_output
         if host.names - {OUTPUT} and (drops or isinstance(item, Segment)):
             raise ValueError(f"stage {item.end} has nothing that could wait on the host but its output")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from math import ceil, sqrt
 
 import numpy as np
@@ -75,16 +75,26 @@ class Solver:
         ValueError above the table's own limit."""
         if self.limit_bytes is not None and budget_bytes > self.limit_bytes:
             raise ValueError(f"a budget of {budget_bytes} B is above this table's limit of {self.limit_bytes} B")
+        found = self._fastest(budget_bytes)
+        if found is not None:
+            return found
+        least, way_out = self.least(), "lower the batch, or allow mixed precision or accumulation"
+        raise Infeasible(budget_bytes, least.peak_bytes, f"optimal; at its peak, {least.peak}", way_out)
+
+    def _fastest(self, budget_bytes: int) -> Solution | None:
         most = (budget_bytes - self.chain.fixed_bytes) // self.table.slot_bytes + self._margin
         if budget_bytes >= self.chain.outside_peak_bytes:
             for m in reversed(self._steps):
                 if m <= most and self._solution(m).peak_bytes <= budget_bytes:
                     return self._solution(m)
-        least, way_out = self.least(), "lower the batch, or allow mixed precision or accumulation"
-        raise Infeasible(budget_bytes, least.peak_bytes, f"optimal; at its peak, {least.peak}", way_out)
+        return None
 
     def least(self) -> Solution:
-        """The schedule with the smallest peak that the table knows, the fastest of them."""
+        """The schedule with the smallest peak that is found, the fastest of them."""
+        return self._table_least
+
+    @cached_property
+    def _table_least(self) -> Solution:
         if not self._steps:  # the limit cut everything off
             whole = Solver(self.chain, slot_bytes=self.table.slot_bytes, longest_run=self.table.longest_run)
             return whole.least()
@@ -120,7 +130,7 @@ class Solver:
             wanted = np.linspace(steps[0], steps[-1], points)
             steps = [steps[int(i)] for i in np.unique(np.searchsorted(steps, wanted))]
         found: list[Solution] = []
-        solutions = (self.least(), *(self._solution(m) for m in steps))
+        solutions = (self._table_least, *(self._solution(m) for m in steps))
         for solution in sorted(solutions, key=lambda solution: (solution.peak_bytes, solution.seconds)):
             if not found or solution.seconds < found[-1].seconds:
                 found.append(solution)

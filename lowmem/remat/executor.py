@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from lowmem.plan.policy import Keep, Schedule, Segment
 from lowmem.remat.elementwise import OutputActivation
-from lowmem.remat.host import Traffic
+from lowmem.remat.host import Traffic, grad_may_wait
 from lowmem.remat.links import HostLink
 from lowmem.remat.operation import PassState, Total
 from lowmem.remat.stage import Box, Saved, Stage, StagePass
@@ -81,6 +81,7 @@ class Run:
         self.entries: list[Held] = []
         self.output: Tensor | None = None
         self.trained: list[Tensor] = []
+        self._without_grad: set[int] = set()  # parameters, by identity, as the backward began
         self._owned = False  # whether the gradient that travels down the chain may be written into
         self._versions: list[tuple[Tensor, int]] = []
 
@@ -137,6 +138,7 @@ class Run:
             x = self._input(entries)
             entry = entries.pop()
             start = entry.item.start
+            hosts = entry.item.host
             if isinstance(entry.item, Segment):
                 _, inner = self.forward(entry.item.inner, [x], want_output=False, depth=1)
                 grad_x = self.backward(inner, grad)
@@ -148,12 +150,24 @@ class Run:
                     self.stage_done(start)
                 if grad_x is not None and start > 0 and (tail := self.stages[start - 1].tail) is not None:
                     grad_x = self.mask(tail, grad_x, x)
+            if hosts and self.traffic is not None:
+                self.traffic.completed(hosts, self._grads_alone(start, entry.item.end))
             del x, entry
             if grad_x is None:
                 return None
             grad.append(grad_x)
             del grad_x
         return grad.pop()
+
+    def _grads_alone(self, start: int, end: int) -> Iterator[Tensor]:
+        """Parameters of stages start..end whose gradients are complete, and looked at by nobody before the backward is
+        over: there were none, no other use adds to them, and neither a hook nor other processes want them."""
+        if self.state.asked or self.stage_done is not None:
+            return
+        for stage in self.stages[start : end + 1]:
+            for one in stage.parameters():
+                if id(one) in self._without_grad and id(one) not in self.state.uses and grad_may_wait(one):
+                    yield one
 
     def _movable(self, item: Keep | Segment) -> dict[str, int]:
         if not item.host or isinstance(item, Segment):
@@ -238,6 +252,7 @@ class _Chain(torch.autograd.Function):
         if run is None:
             raise RuntimeError("this output went backward already: its activations were freed; run forward again")
         run.check_versions()
+        run._without_grad = {id(one) for one in run.trained if one.grad is None}
         run.state.asked = not torch._C._will_engine_execute_node(ctx.next_functions[0][0])
         tail = run.stages[-1].tail
         if run.output is not None and tail is not None:  # the caller's gradient is not ours to change
@@ -247,7 +262,7 @@ class _Chain(torch.autograd.Function):
             del grad
             grad_x = run.backward(run.entries, box)
             if run.traffic is not None:
-                run.traffic.abandon()  # of what no gradient reached
+                run.traffic.finish()
             run.state.finish()
             return None, grad_x, None, None, *(run.state.returned.pop(id(one), None) for one in run.trained)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lowmem.plan.policy import OUTPUT, BlockPolicy, Host, PolicyKind
+from lowmem.plan.policy import GRADS, OUTPUT, BlockPolicy, Host, PolicyKind
 from lowmem.remat.elementwise import OutputActivation
 from lowmem.remat.operation import Norm, Operation, PassState
 from lowmem.remat.program import Compiler, Kept, Step
@@ -143,7 +143,7 @@ class Stage:
                 f"stage {self.name} has no {', '.join(unknown)}: it has {', '.join(sorted(self.tensors)) or 'nothing'}"
             )
 
-        mine = {operation.name for operation in self.operations} | {OUTPUT}
+        mine = {operation.name for operation in self.operations} | {OUTPUT, GRADS}
         if lost := sorted(frozenset().union(*(host.names for host in hosts)) - mine):
             raise ValueError(f"stage {self.name} has no {', '.join(lost)} that could wait on the host")
 

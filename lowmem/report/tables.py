@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from lowmem.config.schema import Config
+from lowmem.config.sources import CSV, path_in
 from lowmem.core.reading import escape_markdown, shorten
 from lowmem.core.units import counted, format_duration, format_size
 from lowmem.report.naming import NamedRun
@@ -38,7 +39,9 @@ PUBLISHED_ERROR_PCT: dict[str, float] = {
 }
 HOMEWORK = "a student's homework report on ResNet against plain nets, trained on a 6 GB GTX 1060"
 ASSUMED = "*"
-_SOURCES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "shapes": "generated shapes"}
+_SOURCES = {
+    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST", "shapes": "generated shapes",
+}  # fmt: skip
 _NOT_PUBLISHED = "not among the networks of the homework report"
 _NEVER_TRAINED = "named in the homework report, whose author could not train it: no figure to hold it against"
 _NAMED = {"Res56-bottleneck", "Res110-bottleneck"}
@@ -148,8 +151,8 @@ def describe_source(source: str) -> str:
     """The data set in words; of a folder only its own name, since where it lies is nobody's business."""
     if source in _SOURCES:
         return _SOURCES[source]
-    path = source.removeprefix("folder:").replace("\\", "/")
-    return f"pictures of folder {PurePath(path).name or path}"
+    path = path_in(source).replace("\\", "/")
+    return f"pictures {'listed in' if source.startswith(CSV) else 'of folder'} {PurePath(path).name or path}"
 
 
 def differences(history: RunView) -> tuple[str, ...]:
@@ -186,6 +189,7 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
         (model.spec is None and model.width != 64, "width", f"width {model.width} instead of 64"),
         (data.source != "cifar10", "data", f"{describe_source(data.source)} instead of the original CIFAR-10"),
         (data.image_size != side, "data", f"pictures seen at {size} instead of {side}x{side}"),
+        (data.channels == 1, "data", "pictures seen as grey instead of in colour"),
         (data.train_subset is not None, "data", f"trained on {_pictures(data.train_subset)} instead of 50,000"),
         (data.test_subset is not None, "data", f"tested on {_pictures(data.test_subset)} instead of 10,000"),
         (data.val_split, "data", f"{counted(data.val_split, 'training picture')} held back"),

@@ -136,7 +136,8 @@ def _plans(job: Job, standings: Sequence[Standing], dataset: Dataset, observer: 
 def _look_at(job: Job, standing: Standing, plan: Plan | None, dataset: Dataset) -> Standing:
     """The run with its weight, what it will take on disk, and the time by its plan."""
     config, member = job.settings.config, standing.member
-    model = skeleton(member.arch, member.block, width=config.model.width, num_classes=len(dataset.classes))
+    sizes = {"width": config.model.width, "num_classes": len(dataset.classes), "in_channels": config.data.channels}
+    model = skeleton(member.arch, member.block, **sizes)
     weight, seconds, disk = job.weights.get(member.name), None, standing.size_bytes
     if plan is not None or weight is None:
         from torch.utils.flop_counter import FlopCounterMode  # with triton: of no use to what trains

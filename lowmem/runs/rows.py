@@ -44,6 +44,14 @@ class EpochRow:
     # Only with data.val_split; last, so that the others keep their positions.
     val_loss: float | None = None
     val_error_pct: float | None = None
+    # Of the card, by its driver, as the steps of the epoch were logged (after a resume of those that were left); empty
+    # on the CPU. The highest temperature; means; the share of looks at which it was held back, and NVML's bits of why.
+    gpu_temperature_c: float | None = None
+    gpu_power_watts: float | None = None
+    gpu_clock_mhz: float | None = None
+    gpu_utilization_pct: float | None = None
+    gpu_throttled_pct: float | None = None
+    gpu_throttle_reasons: int | None = None
 
     def __post_init__(self) -> None:
         if self.elapsed_seconds is not None and not 0 <= self.elapsed_seconds < _LONGEST_SECONDS:
@@ -92,12 +100,19 @@ Row = TypeVar("Row")
 @dataclass(frozen=True)
 class RowTable(Generic[Row]):
     """A table with the columns that it has in one file: by name, of which numbers they are (int: whole ones from zero),
-    and whether they are never empty. `key`: the one that rises from line to line; `row`: what a line becomes."""
+    and whether they are never empty. `key`: the one that rises from line to line; `row`: what a line becomes; `older`:
+    how many of the columns older versions wrote."""
 
     file_name: str
     key: str
     row: Callable[..., Row]
     columns: Mapping[str, tuple[type[int | float], bool]]
+    older: tuple[int, ...] = ()
+
+    @property
+    def older_headers(self) -> dict[str, int]:
+        """With how many columns a line lacks under it."""
+        return {",".join(self.names[:count]): len(self.names) - count for count in self.older}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,11 +148,11 @@ class RowTable(Generic[Row]):
         return self.row(**values)
 
 
-def _table(file_name: str, row: type[Row]) -> RowTable[Row]:
+def _table(file_name: str, row: type[Row], older: tuple[int, ...] = ()) -> RowTable[Row]:
     """Of a dataclass whose first field is the key."""
     of_row: Sequence[Any] = fields(row)  # type: ignore[arg-type]
     columns = {one.name: (int if one.type.startswith("int") else float, one.default is MISSING) for one in of_row}
-    return RowTable(file_name, of_row[0].name, row, columns)
+    return RowTable(file_name, of_row[0].name, row, columns, older)
 
 
 class _GradientTable(RowTable[GradientRow]):
@@ -155,7 +170,7 @@ class _GradientTable(RowTable[GradientRow]):
 
 
 _FIXED: dict[str, tuple[type[int | float], bool]] = {"step": (int, True), "epoch": (int, True)}
-EPOCH_TABLE, STEP_TABLE = _table("metrics.csv", EpochRow), _table("steps.csv", StepRow)
+EPOCH_TABLE, STEP_TABLE = _table("metrics.csv", EpochRow, older=(14,)), _table("steps.csv", StepRow)
 GRADIENT_TABLE = _GradientTable(
     "gradients.csv", "step", lambda step, epoch, **norms: GradientRow(step, epoch, tuple(norms.values())), _FIXED
 )

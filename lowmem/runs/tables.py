@@ -184,13 +184,15 @@ def _lines(file: BinaryIO) -> Iterator[tuple[bytes | None, bool, int]]:
 class Scan:
     """A table's lines, counted. `kept`: whole, rising, at most the last that is asked for; `lost`: lines nothing can
     be made of; `missing`: rows that ought to be there; `beyond`: after the last asked for; `cut_off`: the last one has
-    no line end. `kept_bytes`: up to the end of the last kept one; None without a whole header."""
+    no line end; `columns_lacking`: how many less an older version wrote. `kept_bytes`: up to the end of the last kept
+    one; None without a whole header."""
 
     kept: int = 0
     lost: int = 0
     missing: int = 0
     beyond: int = 0
     cut_off: bool = False
+    columns_lacking: int = 0
     kept_bytes: int | None = None
 
     @property
@@ -222,6 +224,10 @@ def scan_table(
         lines, header = _lines(file), table.header.encode()
         first, whole, end_bytes = next(lines, (header, False, 0))
         begun = first is not None and not whole and header.startswith(first)
+        lacking = table.older_headers.get((first or b"").decode("utf-8", errors="replace"), 0) if whole else 0
+        if lacking:
+            rows.columns_lacking, header = lacking, first or b""
+            table = table.read_header(header.decode())
         if first != header and not begun:
             raise CorruptCheckpoint(
                 f"{path} has other columns than this lowmem writes: restore its first line or use the lowmem that "
@@ -252,8 +258,9 @@ def scan_table(
 
 
 def cut_table(path: Path, table: RowTable[Any], last: int) -> str | None:
-    """Cuts the table to the rows that `scan_table` keeps. Returns None, or a sentence if it is damaged; the file as it
-    was is then kept beside it as `damaged-<name>`. Raises what `scan_table` raises."""
+    """Cuts the table to the rows that `scan_table` keeps, with the columns that have come since. Returns None, or a
+    sentence if it is damaged; the file as it was is then kept beside it as `damaged-<name>`. Raises what `scan_table`
+    raises."""
     rows = scan_table(path, table, last)
     aside = path.with_name(f"damaged-{path.name}")
     if rows.damage is not None and path.exists() and not aside.exists():
@@ -261,12 +268,13 @@ def cut_table(path: Path, table: RowTable[Any], last: int) -> str | None:
             shutil.copyfileobj(old, copy)
     if rows.kept_bytes is None:
         write_text_atomic(path, f"{table.header}\n")
-    elif not rows.lost:
+    elif not rows.lost and not rows.columns_lacking:
         cut_file(path, rows.kept_bytes)
     else:
         with replacing(path) as new:
             new.write(f"{table.header}\n".encode())
-            scan_table(path, table, last, take=lambda line: new.write(line + b"\n"))
+            end = b"," * rows.columns_lacking + b"\n"
+            scan_table(path, table, last, take=lambda line: new.write(line + end))
     if rows.damage is None:
         return None
     return f"{path}: {rows.damage}; the run goes on without them, the file as it was is kept as {aside.name}"

@@ -170,7 +170,7 @@ class RunView:
         for name in ("last.safetensors", "best.safetensors"):
             with suppress(Unreadable, OSError, LookupError):
                 return read_weights(self.path / "weights" / name)[0]["linear.bias"][0]
-        return 10 if self.config.data.source in {"cifar10", "fashion-mnist"} else None
+        return {"cifar10": 10, "fashion-mnist": 10, "cifar100": 100}.get(self.config.data.source)
 
     @cached_property
     def checkpoints(self) -> tuple[Position, ...]:

@@ -91,6 +91,7 @@ class Live:
         self.device_bytes = last.device_used_bytes or self._told("device_used_bytes", "progress")
         self.budget_bytes = self._view.budget_bytes
         self.host_bytes, self.hidden_share = self._view.in_host_memory
+        self.card = self._card_load()
         self.elapsed_seconds, self.seconds_left = last.elapsed_seconds, self._seconds_left()
         quiet = quiet_seconds(self.path)
         self.quiet_seconds = quiet if math.isfinite(quiet) else None
@@ -126,6 +127,14 @@ class Live:
         event = self._newest("progress")
         value = None if event is None else event.detail.get("images_per_second")
         return value if type(value) is float and 1e-3 < value < 1e9 else None
+
+    def _card_load(self) -> dict[str, float]:
+        """How the card works, by column: of the last epoch, or as it was told since."""
+        event, load = self._newest("progress"), vars(self.last)
+        if event is not None and (self._told("step", "progress") or 0) > self.last.step:
+            load = dict(event.detail)
+        told = ((name, load.get(name)) for name in EPOCH_TABLE.names if name.startswith("gpu_"))
+        return {name: value for name, value in told if isinstance(value, int | float) and 0 <= value < 1e6}
 
     def _read_settings(self) -> None:
         """Again only where a file was replaced. What vanished is as it was: it may be being replaced."""

@@ -18,12 +18,15 @@ from lowmem.runs.checkpoint_state import Shapes, Whole, read_header
 # equal files.
 KEY = "lowmem"
 
+PerChannel = tuple[float] | tuple[float, float, float]
+
 
 class WeightsInfo(Section, extra="ignore"):
     """`arch` to `shortcuts`: of a network of the family; `spec`, `args`: of another, what makes it, of a file its name
-    alone. `image_size`: side of the square RGB pictures; `mean`, `std`: by channel, of pixels in [0, 1]; `fit`: how
-    files became square; `epoch`: completed ones; `error_pct`: on the pictures `error_on`; `chosen_on`: those that the
-    best was chosen on. None: not recorded, like most in files of older versions."""
+    alone. `image_size`: side of the square pictures; `mean`, `std`: by channel, of pixels in [0, 1], three of
+    RGB and one of grey pictures; `fit`: how files became square; `epoch`: completed ones; `error_pct`: on the pictures
+    `error_on`; `chosen_on`: those that the best was chosen on. None: not recorded, like most in files of older
+    versions."""
 
     arch: str | None = None
     block: str | None = None
@@ -34,8 +37,8 @@ class WeightsInfo(Section, extra="ignore"):
     data: str | None = None
     classes: tuple[str, ...] | None = None
     image_size: Whole | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: PerChannel | None = None
+    std: PerChannel | None = None
     fit: Literal["crop", "stretch"] | None = None
     epoch: Whole | None = None
     step: Whole | None = None

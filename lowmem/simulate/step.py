@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.distributed.group import Group, Split
 from lowmem.measure.out_of_memory import Failure
 from lowmem.plan.cost import Rates

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.step.data_parallel import DataParallelStep
 
 FUSED: Mapping[str, bool] = {"fused": True}

@@ -195,6 +195,8 @@ class Loop:
             verdict = self._unless_broken(verdict)
         if logged and verdict.act < Act.LEAVE:
             self.t.observer.progress(self.metrics.progress())
+            if (throttled := self.metrics.card.throttled()) is not None:
+                self.t.observer.recorded_warning(self.folder, throttled)
             self.export()
             if state.step >= self._pace_due:  # for who looks on, before an epoch has its row
                 self._pace_due = 2 * state.step - self._pace_from

@@ -20,6 +20,7 @@ from lowmem.runs.event_files import EventFiles
 from lowmem.runs.store import RunFolder, run_bytes
 from lowmem.runs.weights import WeightsInfo
 from lowmem.step.train_step import Score, TrainStep
+from lowmem.train.card_watch import CardWatch
 from lowmem.train.loss_watchers import note_share, tenth
 from lowmem.train.observer import Progress
 from lowmem.train.replica import Replica
@@ -65,6 +66,7 @@ class Metrics:
         config, self._per_epoch = replica.config.train, replica.batches.steps_per_epoch
         every = config.grad_norms_every or default_every(self._per_epoch)
         self.norms = GradientNorms(replica.model, replica.step, every)
+        self.card = CardWatch()
         self._last_tick = time.monotonic()
         self._pending: list[tuple[int, float, int, Tensor]] = []
         self._norms_pending: list[tuple[int, int, Tensor]] = []
@@ -89,6 +91,7 @@ class Metrics:
     def begin_epoch(self) -> None:
         """The state's sums are those of the epoch as it begins, or goes on."""
         self._t.meter.reset()
+        self.card.begin_epoch()
         self.eta.trained(self._t.state.step, time.monotonic())
 
     def count(self, totals: Tensor, size: int, lr: float) -> None:
@@ -110,6 +113,8 @@ class Metrics:
         if self._settled == state.step:
             return None
         self._settled = state.step
+        if self._t.group.leads:
+            self.card.look(self._t.meter.load())  # before waiting for it: at work
         state.loss_sum, state.wrong = self._sums.tolist()
         rows: list[dict[str, Any]] = [
             {"step": step, "epoch": state.epoch + 1, "lr": lr, "loss": float(loss) / size}
@@ -179,6 +184,7 @@ class Metrics:
             "images_per_second": self._images_per_second(),
             "peak_allocated_bytes": device.peak_allocated_bytes,
             "device_used_bytes": device.device_used_bytes,
+            **self.card.columns(),
         }
 
     def row(self, test: Score, val: Score | None) -> dict[str, Any]:
@@ -199,6 +205,7 @@ class Metrics:
             "elapsed_seconds": state.elapsed_seconds,
             "val_loss": val.loss if val else None,
             "val_error_pct": val.error_pct if val else None,
+            **self.card.columns(),
         }
 
     def end_epoch(self, row: dict[str, Any]) -> dict[str, WeightsInfo]:

@@ -59,6 +59,7 @@ class Trial:
     args: dict[str, Any] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     num_classes: int = 10
+    channels: int = 3
     freeze: list[str] = field(default_factory=list)
     precision: str = "fp32"
     memory_format: str = "contiguous"

@@ -123,6 +123,7 @@ def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train
     return Trial(
         **config.model.model_dump(),
         num_classes=num_classes,
+        channels=config.data.channels,
         freeze=list(config.train.freeze),
         batch=plan.batch,
         precision=plan.precision,

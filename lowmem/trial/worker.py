@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.config.sources import SOURCE_SIDE
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.isolate import OUT_OF_MEMORY
@@ -56,19 +56,25 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
 
 def network(trial: Trial, execution: Execution) -> nn.Module:
     """On the trial's device, to be trained. Raises PreflightError."""
-    model = make_network(trial.model, trial.num_classes, seed=trial.seed, freeze=trial.freeze)
+    model = make_network(trial.model, trial.num_classes, channels=trial.channels, seed=trial.seed, freeze=trial.freeze)
     check_memory_format(model, trial.device, execution.precision, execution.memory_format)
     model.to(device=trial.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
     return model.train()
 
 
 def random_pictures(
-    count: int, num_classes: int = 10, seed: int = 0, *, size: int = SOURCE_SIDE, side: int | None = None
+    count: int,
+    num_classes: int = 10,
+    seed: int = 0,
+    *,
+    size: int = SOURCE_SIDE,
+    side: int | None = None,
+    channels: int = 3,
 ) -> Pictures:
     """`count` pictures of noise, `side` (None: `size`) pixels wide and high, which are `size` as a batch."""
     side = side or size
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8, generator=generator)
     return Pictures(images, torch.arange(count) % num_classes, enlarged_to=size)
 
 
@@ -92,16 +98,17 @@ class _Work:
         # As many as the run holds on the device; on the CPU, where they count for nothing, a batch.
         count = max(trial.batch, trial.pictures if self.cuda else 0)
         self.pictures = random_pictures(
-            count, trial.num_classes, trial.seed, size=trial.image_size, side=trial.stored_side
+            count, trial.num_classes, trial.seed, size=trial.image_size, side=trial.stored_side, channels=trial.channels
         )
+        self.mean, self.std = MEAN[: trial.channels], STD[: trial.channels]
         reserved = torch.cuda.memory_reserved() if self.cuda else 0
         self.batches = TrainBatches(
             self.pictures,
             seed=0,
             batch=trial.batch,
             augment=True,
-            mean=MEAN,
-            std=STD,
+            mean=self.mean,
+            std=self.std,
             device=trial.device,
             mixup=trial.mixup,
         )
@@ -209,7 +216,9 @@ class _Work:
         there = len(self.pictures)
         pictures = self.pictures.take(np.arange(min(2 * size, max(size, there))) % there)
         place, layout = self.trial.device, self.execution.torch_memory_format
-        return lambda: evaluate(self.model, eval_batches(pictures, size, MEAN, STD, place, layout), self.execution)
+        return lambda: evaluate(
+            self.model, eval_batches(pictures, size, self.mean, self.std, place, layout), self.execution
+        )
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         epoch, step = divmod(len(self.losses), self.batches.steps_per_epoch)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lowmem.plan.policy import (
     FUSED,
+    GRADS,
     INPUT_ONLY,
     LEAN,
     OUTPUT,
@@ -104,7 +105,7 @@ def _movable(stages: Sequence[Stage], item: Keep | Segment) -> set[str]:
 
 
 def hosting(stages: Sequence[Stage], seed: int) -> Schedule:
-    """Any policies, now and then a segment, and of what may leave some, at any time."""
+    """Any policies, now and then a segment, and of what may leave some, at any time; gradients too."""
     draw = random.Random(seed)
     items: list[Keep | Segment] = []
     while (at := items[-1].end + 1 if items else 0) < len(stages):
@@ -122,5 +123,8 @@ def hosting(stages: Sequence[Stage], seed: int) -> Schedule:
             least = number + (name == OUTPUT)
             if draw.random() < 0.7 and least < len(items):
                 yield Host(frozenset({name}), draw.choice(ends[least:]), draw.choice(ends[least:]))
+        if number and draw.random() < 0.7:
+            gone = draw.choice(ends[:number])
+            yield Host(frozenset({GRADS}), gone, draw.choice([-1, *(end for end in ends if end < gone)]))
 
     return Schedule(tuple(replace(item, host=tuple(hosts(number, item))) for number, item in enumerate(items)))

@@ -113,7 +113,8 @@ def in_several_processes(folder: Path, names: list[str]) -> None:
     for row in names:
         run_training(tiny(*settings_of(row)), folder / row / "whole")
         run_training(tiny(*settings_of(row), f"train.max_steps={IN_AN_EPOCH}"), folder / row / "run")
-        resume_training(folder / row / "run", {"train.max_steps": None})
+        # Named, so that the next row's process need not take a card again.
+        resume_training(folder / row / "run", {"train.max_steps": None, "train.device": "cpu"})
 
 
 @rows

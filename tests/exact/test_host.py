@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lowmem.plan.policy import OUTPUT, SAVE_ALL, Host, Keep, Schedule, Segment
+from lowmem.plan.policy import GRADS, OUTPUT, SAVE_ALL, Host, Keep, Schedule, Segment
 from lowmem.remat import PlannedModule, apply_plan, decompose
 from lowmem.remat.host import Traffic
 from lowmem.remat.links import CpuLink
@@ -125,7 +126,78 @@ def test_two_forwards_before_their_backwards() -> None:
     assert in_use(link) == 0
 
 
-@pytest.mark.parametrize("method", ["ran", "reaches", "_begin"])
+def only_gradients() -> tuple[PlannedModule, CpuLink, nn.Module]:
+    """Of all stages but the first, from the next stage's backward to the end; and a twin that is untouched."""
+    model = small_net(BLOCKS[1])
+    count = len(decompose(model))
+    hosts = [() if k == 0 else (Host(frozenset({GRADS}), k - 1, -1),) for k in range(count)]
+    planned = apply_plan(model, Schedule(tuple(Keep(k, SAVE_ALL, hosts[k]) for k in range(count))))
+    planned.lowmem.link = link = CpuLink()
+    return planned, link, small_net(BLOCKS[1])
+
+
+def test_gradients_wait_and_are_there_when_the_backward_is_over() -> None:
+    planned, link, plain = only_gradients()
+    x, labels = pictures()
+    assert differences(plain, planned, training(x, labels)) == []
+    assert link.arena.bytes > 0.9 * sum(one.nbytes for one in plain.parameters())
+    assert in_use(link) == 0
+
+
+def test_gradients_that_are_there_already_are_added_to_on_the_device() -> None:
+    planned, link, plain = only_gradients()
+    for model in (plain, planned):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    assert differences(plain, planned, training(*pictures()), clear=False) == []
+    assert link.arena.bytes == 0
+
+
+def test_gradients_that_others_look_at_stay() -> None:
+    planned, link, plain = only_gradients()
+    x, labels = pictures()
+    asked = torch.autograd.grad(F.cross_entropy(planned(x), labels), tuple(planned.parameters()))
+    wanted = torch.autograd.grad(F.cross_entropy(plain(x), labels), tuple(plain.parameters()))
+    assert all(map(torch.equal, asked, wanted))
+    done: list[int] = []
+    planned.lowmem.stage_done = done.append
+    training(x, labels)(planned)
+    assert done
+    planned.lowmem.stage_done = None
+    planned.zero_grad()
+    assert link.arena.bytes == 0
+    seen = []
+    for name, parameter in planned.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda one, name=name: seen.append((name, one.grad)))
+    training(x, labels)(planned)
+    assert link.arena.bytes == 0
+    assert all(grad is planned.get_parameter(name).grad for name, grad in seen)
+
+
+def test_a_parameter_of_two_stages_gets_both_gradients() -> None:
+    def shared() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(4)))
+        model[3][0].weight = model[1][0].weight
+        return model
+
+    model, x = shared(), torch.randn(3, 64)
+    count = len(decompose(model))
+    assert count >= 4
+    hosts = [() if k == 0 else (Host(frozenset({GRADS}), k - 1, -1),) for k in range(count)]
+    planned = apply_plan(model, Schedule(tuple(Keep(k, SAVE_ALL, hosts[k]) for k in range(count))))
+    planned.lowmem.link = link = CpuLink()
+
+    def step(model: nn.Module) -> Tensor:
+        output: Tensor = model(x)
+        output.square().sum().backward()
+        return output.detach()
+
+    assert differences(shared(), planned, step) == []
+    assert 0 < link.arena.bytes <= 2 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("method", ["ran", "completed", "reaches", "_begin"])
 def test_after_an_error_nothing_moves(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     planned, link = planned_and_link()
     x, labels = pictures()
@@ -138,14 +210,18 @@ def test_after_an_error_nothing_moves(method: str, monkeypatch: pytest.MonkeyPat
             raise MemoryError("here")
         return works(*args)
 
-    training(x, labels)(planned)
+    def step() -> None:
+        planned.zero_grad()
+        training(x, labels)(planned)
+
+    step()
     monkeypatch.setattr(Traffic, method, fails)
-    training(x, labels)(planned)
+    step()
     count = -left
     assert count > 4
     for left in range(1, count + 1):  # noqa: B007
         with pytest.raises(MemoryError, match="here"):
-            training(x, labels)(planned)
+            step()
         assert in_use(link) == 0
     planned.zero_grad()
     assert torch.equal(training(x, labels)(planned), training(x, labels)(small_net(BLOCKS[1])))
@@ -175,6 +251,15 @@ def test_what_cannot_wait_is_refused() -> None:
         Schedule((*usual[:-1], Keep(count - 1, SAVE_ALL, (Host(frozenset({OUTPUT}), count - 1, count - 1),))))
     with pytest.raises(ValueError, match="no nothing that could wait on the host"):
         apply_plan(model, with_first(Host(frozenset({"nothing"}), 1, 1)))
+
+    def with_last(*hosts: Host) -> Schedule:
+        return Schedule((*usual[:-1], Keep(count - 1, SAVE_ALL, hosts)))
+
+    with pytest.raises(ValueError, match=f"gradients of stage {count - 1} wait alone"):
+        with_last(Host(frozenset({GRADS, "conv1"}), 1, 0))
+    for gone, back in ((count - 1, 0), (1, 1), (1, 2)):
+        with pytest.raises(ValueError, match=f"gradients of stage {count - 1} go before the backward of stage {gone}"):
+            with_last(Host(frozenset({GRADS}), gone, back))
     inner = Schedule((Keep(0, SAVE_ALL, (Host(frozenset({"conv1"}), 0, 0),)), Keep(1, SAVE_ALL)))
     with pytest.raises(ValueError, match=r"inside of the segment 0\.\.1"):
         Segment(0, 1, inner)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.models import build
 from lowmem.plan.policy import INPUT_ONLY, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names

@@ -15,8 +15,9 @@ from lowmem.core.units import GIB, MIB
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import evaluate
-from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates
+from lowmem.plan.hosting import HostSolver, HostTerms
 from lowmem.plan.solver import Solver
+from lowmem.plan.timeline import LinkRates
 from lowmem.simulate import Simulated, StepShape, StepSimulator, simulate_step
 from tests.step_shapes import shape_of
 

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from lowmem.choose.planning import make_plan
 from lowmem.choose.request import card_rates
 from lowmem.config.cards import load_card
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.errors import Infeasible
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
-from lowmem.plan.hosting import HostTerms, LinkRates
+from lowmem.plan.hosting import HostTerms
 from lowmem.plan.record import Plan
+from lowmem.plan.timeline import LinkRates
 from lowmem.remat import apply_plan
 from lowmem.simulate import StepShape, simulate_step
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.models import build
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.metrics import GradientNorms

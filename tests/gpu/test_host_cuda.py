@@ -20,8 +20,9 @@ from lowmem.isolate import run
 from lowmem.measure import read_driver
 from lowmem.measure.cuda import device_uuid
 from lowmem.models import skeleton
-from lowmem.plan.hosting import HostTerms, LinkRates
+from lowmem.plan.hosting import HostTerms
 from lowmem.plan.policy import Schedule
+from lowmem.plan.timeline import LinkRates
 from lowmem.remat import PlannedModule, apply_plan
 from lowmem.remat.host import Traffic
 from lowmem.remat.links_cuda import CudaLink, measured_rates

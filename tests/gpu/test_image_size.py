@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lowmem.data import AnyPictures, Pictures, TrainBatches, batches, eval_batches
 from lowmem.data.mapped import MappedStore
-from lowmem.data.pictures import Triple
+from lowmem.data.pictures import PerChannel
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-HALF: Triple = (0.5, 0.5, 0.5)
+HALF: PerChannel = (0.5, 0.5, 0.5)
 COUNT = 70
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler

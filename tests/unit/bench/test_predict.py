@@ -23,6 +23,7 @@ from lowmem.bench.tables import TableSetup
 from lowmem.choose.request import Budget
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB
+from lowmem.plan.policy import GRADS
 from lowmem.trial import Trial
 from lowmem.trial.worker import work
 
@@ -54,6 +55,7 @@ def tried(cell: Cell) -> dict[str, Any]:
         (CHECKPOINT_PER_BLOCK, None),
         (ENGINE, 0.7),
         (ENGINE_HOST, 0.7),
+        (ENGINE_HOST, LEAST),
         pytest.param(ENGINE, LEAST, marks=pytest.mark.slow),
     ],
 )
@@ -76,6 +78,16 @@ def test_a_plan_for_another_size_takes_what_was_predicted() -> None:
     Predictor(setup, print).prepare(cell)
     found = work(asdict(Trial(**setup.network, batch=16, way=FAMILIES[ENGINE][0], plan=cell.plan, steps=1, warmup=1)))
     assert cell.predicted_allocated_bytes == pytest.approx(found["peak_allocated_bytes"], abs=2048)
+
+
+def test_gradients_that_wait_make_the_least_less(predictor: Predictor) -> None:
+    alone, there = a_cell(ENGINE, LEAST), a_cell(ENGINE_HOST, LEAST)
+    for cell in (alone, there):
+        predictor.prepare(cell)
+    assert alone.budget_bytes is not None
+    assert there.budget_bytes is not None
+    assert there.budget_bytes < alone.budget_bytes
+    assert GRADS in str(there.plan)
 
 
 def test_less_than_the_least_is_refused(predictor: Predictor) -> None:

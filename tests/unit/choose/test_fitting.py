@@ -13,9 +13,10 @@ from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
-from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates
+from lowmem.plan.hosting import HostSolver, HostTerms
 from lowmem.plan.refine import faster_neighbours
 from lowmem.plan.solver import Solver
+from lowmem.plan.timeline import LinkRates
 from lowmem.simulate import StepSimulator, simulate_step
 from tests.step_shapes import shape_of
 

@@ -16,8 +16,9 @@ from lowmem.config.settings import Settings
 from lowmem.core.errors import PreflightError
 from lowmem.core.units import GIB, KIB
 from lowmem.measure.host import free_host_bytes
-from lowmem.plan.hosting import HostTerms, LinkRates
+from lowmem.plan.hosting import HostTerms
 from lowmem.plan.record import Plan
+from lowmem.plan.timeline import LinkRates
 from tests.tiny import tiny
 
 CARD = load_card("gtx1060-6g")
@@ -33,7 +34,7 @@ def free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Free:
     def say(nbytes: int | None) -> None:
         (tmp_path / "meminfo").unlink(missing_ok=True)
         if nbytes is not None:
-            (tmp_path / "meminfo").write_text(f"MemAvailable: {nbytes // 1024} kB\n")
+            (tmp_path / "meminfo").write_text(f"MemAvailable: {-(-nbytes // 1024)} kB\n")
 
     return say
 
@@ -60,9 +61,17 @@ def test_off_is_nothing(free: Free) -> None:
 def test_a_size_half_of_what_is_free_and_the_link(free: Free) -> None:
     free(8 * GIB)
     by_card = CARD.host_bytes_per_second
-    assert terms("memory.host=3G") == HostTerms(LinkRates(by_card, by_card), 3 * GIB)
-    assert terms("memory.host=auto", "memory.link=1.5") == HostTerms(LinkRates(1.5e9, 1.5e9), 4 * GIB)
+    assert terms("memory.host=3G") == HostTerms(LinkRates(by_card, by_card), 3 * GIB, grads=True)
+    assert terms("memory.host=auto", "memory.link=1.5") == HostTerms(LinkRates(1.5e9, 1.5e9), 4 * GIB, grads=True)
     assert limit("memory.host=8G") == 8 * GIB
+
+
+def test_gradients_wait_where_no_other_process_adds_to_them(free: Free) -> None:
+    free(8 * GIB)
+    for processes, on_paper in ((2, True), (2, False)):
+        found = terms("memory.host=1G", processes=processes, on_paper=on_paper)
+        assert found is not None
+        assert not found.grads
 
 
 def test_more_than_is_free_is_refused_but_for_another_machine(free: Free) -> None:

@@ -17,7 +17,8 @@ from lowmem.calibrate.calibrator import Calibration
 from lowmem.calibrate.device import cpu_identity
 from lowmem.cli.main import main
 from lowmem.config.catalogue import catalogue
-from lowmem.config.schema import Config, DataConfig, flatten, known_keys
+from lowmem.config.schema import Config, flatten, known_keys
+from lowmem.config.sections import DataConfig
 from lowmem.config.settings import validate
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import profile_names, user_cache_folder
@@ -71,7 +72,7 @@ def test_a_pattern_that_finds_nothing_is_refused(capsys: pytest.CaptureFixture[s
 _OTHER_VALUE: dict[str, object] = {
     "recipe": "other.yaml", "model.arch": "res56", "data.source": "shapes", "data.root": "there", "data.cache": "there",
     "memory.card": "gtx970", "model.spec": "torchvision:resnet18", "model.args": {"depth": 3},
-    "model.sha256": {"net.py": "0"},
+    "model.sha256": {"net.py": "0"}, "data.channels": 1,
 }  # fmt: skip
 _ADAMW = {"optim": {"kind": "adamw"}}
 _BEFORE: dict[str, dict[str, object]] = {
@@ -207,7 +208,12 @@ def _offered(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         ("lowmem plan --card gtx1060", ["gtx1060-3g", "gtx1060-6g"]),
         ("lowmem train --precision ", ["auto", "fp32", "amp", "bf16"]),
         ("lowmem train --set optim.m", ["optim.momentum="]),
-        ("lowmem train --data ", ["cifar10", "fashion-mnist", "shapes", "oldrun", "pictures", "runs"]),
+        (
+            "lowmem train --data ",
+            ["cifar10", "cifar100", "fashion-mnist", "shapes", "oldrun", "pictures", "runs", "list.csv"],
+        ),
+        ("lowmem train --data csv:l", ["csv:list.csv"]),
+        ("lowmem train --data folder:l", []),
         ("lowmem train --data folder:pi", ["folder:pictures"]),
         ("lowmem resume ", [os.path.join("runs", "mine"), "oldrun"]),
         ("lowmem resume ol", ["oldrun"]),
@@ -224,6 +230,7 @@ def test_what_a_shell_offers(
     monkeypatch.chdir(tmp_path)
     for name in ("pictures", "oldrun", "runs/mine", "runs/no-run"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "list.csv").write_text("")
     for name in ("oldrun", "runs/mine"):
         (tmp_path / name / "config.yaml").write_text("")
     assert _offered(capsys, monkeypatch, typed) == offered

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowmem.config.schema import OPERATIONAL, Config, ModelConfig, OptimConfig, flatten, known_keys, nest
+from lowmem.config.optimization import OptimConfig
+from lowmem.config.schema import OPERATIONAL, Config, ModelConfig, flatten, known_keys, nest
 from lowmem.config.settings import from_yaml, gather, parse_set, refuse_changes, to_yaml
 from lowmem.core.errors import UsageError
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.data.batches import augmentation, epoch_order
-from lowmem.data.pictures import Triple, statistics
+from lowmem.data.pictures import PerChannel, statistics
 
-MEAN: Triple = (0.49, 0.48, 0.44)
-STD: Triple = (0.24, 0.23, 0.26)
+MEAN: PerChannel = (0.49, 0.48, 0.44)
+STD: PerChannel = (0.24, 0.23, 0.26)
 
 
 def pictures(n: int) -> Pictures:

@@ -16,11 +16,11 @@ from lowmem.data import TrainBatches, eval_batches
 from lowmem.data.batches import augmentation
 from lowmem.data.cutting import ASPECT, SCALE, Cutter, crop_boxes, middles
 from lowmem.data.mapped import MappedStore
-from lowmem.data.pictures import MappedPictures, Triple
+from lowmem.data.pictures import MappedPictures, PerChannel
 
 SIDE, SIZE, COUNT = 73, 64, 90
-MEAN: Triple = (0.49, 0.48, 0.44)
-STD: Triple = (0.24, 0.23, 0.26)
+MEAN: PerChannel = (0.49, 0.48, 0.44)
+STD: PerChannel = (0.24, 0.23, 0.26)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches, load
 from lowmem.data.enlarging import Enlarger
-from lowmem.data.pictures import Triple
+from lowmem.data.pictures import PerChannel
 
 CPU = torch.device("cpu")
-MEAN: Triple = (0.5, 0.5, 0.5)
+MEAN: PerChannel = (0.5, 0.5, 0.5)
 
 
 def noise(count: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchvision.datasets import FashionMNIST
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.data import downloaded, load
 

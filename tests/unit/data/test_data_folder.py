@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import lowmem.data
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.data import Dataset, decoding, folder, kept, load
 

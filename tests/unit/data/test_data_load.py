@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import ExitCode, UsageError
 from lowmem.data import load
 from lowmem.data import shapes as source

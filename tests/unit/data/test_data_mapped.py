@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.data import Dataset, decoding, find_pictures, load, mapped
 from lowmem.data.mapped import MappedStore

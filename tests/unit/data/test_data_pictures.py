@@ -53,7 +53,7 @@ def test_fingerprint_tells_every_change() -> None:
     ("images", "labels"),
     [
         (torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)),
-        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 2, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int32)),
     ],

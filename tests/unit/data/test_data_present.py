@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError, UsageError
 from lowmem.data import Found, downloaded, find_pictures, load
 from tests.unit.data.test_data_cifar10 import cifar_root

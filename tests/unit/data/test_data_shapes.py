@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.config.settings import gather
 from lowmem.data import Dataset, load
 from lowmem.data.shapes import _colours, generate

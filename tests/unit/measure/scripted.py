@@ -29,6 +29,13 @@ class Card:
     graphics: Any = ()
     link: Any = (1, 16, 3, 16)
     display: Any = 1
+    temperature: Any = 61
+    power: Any = 95_500  # milliwatts
+    clock: Any = 1835
+    set_clock: Any = None  # not supported, as on most
+    most_clock: Any = 1911
+    utilization: Any = 97
+    throttle: Any = 0
     handle: Any = None
 
 
@@ -67,6 +74,15 @@ class ScriptedNvml:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> Card:
         _raise(self.cards[index].handle)
         return self.cards[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Card:
+        found = [card for card in self.cards if card.uuid == uuid]
+        if not found:
+            raise pynvml.NVMLError_NotFound
+        return found[0]
+
+    def nvmlDeviceGetUtilizationRates(self, card: Card) -> Any:
+        return SimpleNamespace(gpu=_raise(card.utilization), memory=40)
 
     def nvmlDeviceGetMemoryInfo(self, card: Card, version: int | None = None) -> Any:
         if version and not self.v2:
@@ -111,8 +127,10 @@ def _entries(processes: Any) -> list[SimpleNamespace]:
 
 
 def _figure(name: str, part: int | None = None) -> Callable[[ScriptedNvml, Card], Any]:
-    def answer(self: ScriptedNvml, card: Card) -> Any:
+    def answer(self: ScriptedNvml, card: Card, which: int | None = None) -> Any:
         value = _raise(getattr(card, name))
+        if value is None:
+            raise pynvml.NVMLError_NotSupported
         return value if part is None else _raise(value[part])
 
     return answer
@@ -123,6 +141,12 @@ for _function, _answer in {
     "nvmlDeviceGetName": _figure("name"),
     "nvmlDeviceGetCudaComputeCapability": _figure("capability"),
     "nvmlDeviceGetDisplayActive": _figure("display"),
+    "nvmlDeviceGetTemperature": _figure("temperature"),
+    "nvmlDeviceGetPowerUsage": _figure("power"),
+    "nvmlDeviceGetClockInfo": _figure("clock"),
+    "nvmlDeviceGetApplicationsClock": _figure("set_clock"),
+    "nvmlDeviceGetMaxClockInfo": _figure("most_clock"),
+    "nvmlDeviceGetCurrentClocksThrottleReasons": _figure("throttle"),
     "nvmlDeviceGetCurrPcieLinkGeneration": _figure("link", 0),
     "nvmlDeviceGetCurrPcieLinkWidth": _figure("link", 1),
     "nvmlDeviceGetMaxPcieLinkGeneration": _figure("link", 2),

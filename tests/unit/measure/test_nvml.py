@@ -9,7 +9,7 @@ import pynvml
 import pytest
 
 from lowmem.core.units import MIB
-from lowmem.measure.nvml import DeviceProcess, Driver, DriverDevice, Link, read_driver
+from lowmem.measure.nvml import CardLoad, DeviceProcess, Driver, DriverDevice, Link, read_driver, throttled_by
 from tests.unit.measure.scripted import NOT_AVAILABLE, Card, ScriptedNvml
 
 DESKTOP = ScriptedNvml(
@@ -139,6 +139,22 @@ def test_the_library_stays_open_between_readings() -> None:
     driver.close()
     assert library.closed == 1
     assert "closed" in (driver.read().missing or "")
+
+
+def test_how_a_card_works() -> None:
+    hot = Card(uuid="GPU-bb", temperature=84, clock=1404, throttle=0x64, power=118_250)
+    with closing(Driver(ScriptedNvml(cards=[Card(uuid="GPU-aa"), hot]))) as driver:
+        assert driver.load("GPU-bb") == CardLoad(
+            temperature_c=84, power_watts=118.25, clock_mhz=1404, most_clock_mhz=1911, utilization_pct=97,
+            throttle_reasons=0x64,
+        )  # fmt: skip
+        assert driver.load("GPU-cc") is None
+        hot.set_clock, hot.power, hot.utilization, hot.throttle, hot.temperature = 1733, *[None] * 4
+        assert driver.load("GPU-bb") == CardLoad(clock_mhz=1404, most_clock_mhz=1733)
+    assert driver.load("GPU-bb") is None, "it was closed"
+    assert Driver(ScriptedNvml(init=pynvml.NVMLError_DriverNotLoaded())).load("GPU-aa") is None
+    assert throttled_by(0x64) == ["power limit", "heat", "heat (hardware)"]
+    assert throttled_by(0x1 | 0x2 | 0x100) == throttled_by(None) == [], "idle, or as somebody has set it"
 
 
 def test_one_card_alone_is_asked_when_only_one_is_wanted() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.errors import PreflightError
 from lowmem.models import build, skeleton
 from lowmem.models.resnet import BasicBlock, Bottleneck, check_memory_format, is_safe, unsafe_convolutions

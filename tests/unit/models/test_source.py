@@ -206,7 +206,7 @@ def test_what_cannot_be_trained_is_refused_in_a_line(file: Path, case: str) -> N
 
 BODIES = {
     "gray": ("self.c = nn.Conv2d(1, 4, 3); self.h = nn.Linear(4, n)", "self.h(self.c(x).mean((2, 3)))",
-             "takes pictures of 1 channels, and these have 3"),
+             "takes pictures of 1 channel, and these have 3: .* or set data.channels"),
     "two": ("self.h = nn.Linear(3, n)", "(self.h(x.mean((2, 3))), x)", "returns a tuple in training"),
     "wide": ("self.h = nn.Linear(999, n)", "self.h(x.flatten(1))", "does not take pictures of 3x16x16"),
     "lazy": ("self.h = nn.LazyLinear(n)", "self.h(x.flatten(1))", "lazy layers"),

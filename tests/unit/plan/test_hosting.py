@@ -13,9 +13,10 @@ import pytest
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.evaluate import Walk, evaluate
-from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates, Timeline, cargo_of, timeline, with_host
-from lowmem.plan.policy import OUTPUT, Keep, Schedule
+from lowmem.plan.hosting import HostSolver, HostTerms, cargo_of, grads_of, with_host
+from lowmem.plan.policy import GRADS, OUTPUT, Keep, Schedule
 from lowmem.plan.solver import Solver
+from lowmem.plan.timeline import LinkRates, Timeline, timeline
 from tests.unit.plan.chains import random_chain, scaled, tradeoffs
 from tests.unit.plan.oracle import all_schedules
 
@@ -41,7 +42,11 @@ def movable(rng: random.Random, chain: ChainCost) -> ChainCost:
         )
 
     stages = [
-        dataclasses.replace(stage, options=tuple(of(option, output) for option in stage.options))
+        dataclasses.replace(
+            stage,
+            options=tuple(of(option, output) for option in stage.options),
+            host_grad_bytes=rng.randint(0, stage.param_grad_bytes),
+        )
         for stage, output in zip(chain.stages, chain.boundary_bytes[1:], strict=True)
     ]
     return dataclasses.replace(chain, stages=tuple(stages))
@@ -59,8 +64,8 @@ def drawn_rates(rng: random.Random) -> LinkRates:
     return LinkRates(rng.choice(RATES), rng.choice(RATES))
 
 
-def terms(rate: float, limit_bytes: int = NO_LIMIT) -> HostTerms:
-    return HostTerms(LinkRates(rate, rate), limit_bytes)
+def terms(rate: float, limit_bytes: int = NO_LIMIT, *, grads: bool = False) -> HostTerms:
+    return HostTerms(LinkRates(rate, rate), limit_bytes, grads)
 
 
 def lines_of(
@@ -72,14 +77,16 @@ def lines_of(
     peak = evaluate(schedule, chain).peak_bytes
     for budget in sorted({peak, peak - 1, *(rng.randint(peak // 2, peak) for _ in range(4))}):
         for count in range(1, len(schedule.items)):
-            line = timeline(walk.spans, cargo_of(schedule.items, chain, count), budget, rates)
-            if line is not None:
-                yield budget, line
+            for grads in ((), grads_of(schedule.items, chain, budget)):
+                line = timeline(walk.spans, cargo_of(schedule.items, chain, count), budget, rates, grads)
+                if line is not None:
+                    yield budget, line
 
 
 @dataclasses.dataclass
 class Load:
-    """Bytes that move together, by numbers of items; `over`: when the copy that is under way ends."""
+    """Bytes that move together, by numbers of items; `needed` -1: gradients; `over`: when the copy that is under way
+    ends."""
 
     nbytes: int
     item: int
@@ -96,6 +103,10 @@ def loads_of(schedule: Schedule, chain: ChainCost) -> Iterator[Load]:
         if isinstance(item, Keep):
             sizes.update(chain.stages[item.stage].option(item.policy).host_tensors)
         for host in item.host:
+            if host.names == {GRADS}:
+                nbytes = sum(stage.host_grad_bytes for stage in chain.stages[item.start : item.end + 1])
+                yield Load(nbytes, number, -1, numbers[host.gone], -1 if host.back == -1 else numbers[host.back])
+                continue
             nbytes = sum(sizes[name] for name in host.names)
             needed = number + (OUTPUT in host.names)
             yield Load(nbytes, number, needed, numbers[host.gone], numbers[host.back])
@@ -106,6 +117,7 @@ def seconds_by_events(schedule: Schedule, chain: ChainCost, rates: LinkRates) ->
     walk, loads = Walk(chain), list(loads_of(schedule, chain))
     walk.items(schedule.items)
     count, lasting = len(schedule.items), [span.seconds for span in walk.spans]
+    grads, loads = [load for load in loads if load.needed < 0], [load for load in loads if load.needed >= 0]
     now = free = 0.0
     for number in range(count):
         now += lasting[number]
@@ -113,14 +125,22 @@ def seconds_by_events(schedule: Schedule, chain: ChainCost, rates: LinkRates) ->
             if load.item == number:
                 free = load.over = max(free, now) + load.nbytes / rates.out
         now = max([now, *(load.over for load in loads if load.gone == number)])
-    free = 0.0
+    free = leaving = 0.0
+    loads += grads
     for number in reversed(range(count)):
+        now = max([now, *(load.over for load in grads if load.gone == number)])
         for load in sorted(loads, key=lambda load: (-load.needed, -load.item)):
             if load.back == number:
                 free = load.over = max(free, now) + load.nbytes / rates.back
         now = max([now, *(load.over for load in loads if load.needed == number)])
         now += lasting[2 * count - 1 - number]
-    return now
+        for load in grads:
+            if load.item == number:
+                leaving = load.over = max(leaving, now) + load.nbytes / rates.out
+    for load in sorted(grads, key=lambda load: -load.item):
+        if load.back == -1:
+            free = load.over = max(free, now) + load.nbytes / rates.back
+    return max([now, *(load.over for load in grads)])
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -141,7 +161,7 @@ def test_the_timeline_keeps_the_budget_and_has_the_seconds_of_its_events(seed: i
 
 def test_the_timeline_saves_memory_and_waits_now_and_then() -> None:
     """So that the test above has something to test."""
-    saved = waited = 0
+    saved = waited = grads = 0
     for seed in range(60):
         rng = random.Random(seed)
         chain, rates = drawn_chain(rng, 3, 5), drawn_rates(rng)
@@ -149,7 +169,8 @@ def test_the_timeline_saves_memory_and_waits_now_and_then() -> None:
             for budget, line in lines_of(rng, chain, schedule, rates):
                 saved += budget < evaluate(schedule, chain).peak_bytes
                 waited += line.waiting_seconds > NOTHING
-    assert min(saved, waited) > 100
+                grads += any(one.needed < 0 for one in line.cargo)
+    assert min(saved, waited, grads) > 100
 
 
 def budgets_of(chain: ChainCost) -> list[int]:

@@ -86,7 +86,7 @@ def test_many_long_names_make_the_figure_taller(make_run: MakeRun) -> None:
 def test_strange_losses(make_run: MakeRun, loss: str) -> None:
     run = make_run("res20", done=2)
     with (run / "metrics.csv").open("a", encoding="utf-8") as file:
-        file.write(f"3,1173,0.1,{loss},,,0,,,,,,,\n")
+        file.write(f"3,1173,0.1,{loss},,,0,,,,,,,,,,,,,\n")
     with (run / "steps.csv").open("a", encoding="utf-8") as file:
         file.write(f"1173,3,0.1,{loss}\n")
     for picture in draw(run).values():
@@ -176,7 +176,7 @@ def test_chance_levels() -> None:
 def test_values_that_are_no_number_are_left_out(make_run: MakeRun) -> None:
     run = make_run("res20", done=2)
     with (run / "metrics.csv").open("a", encoding="utf-8") as file:
-        file.write("3,1173,0.1,nan,,,,,,,,,,\n4,1564,0.1,inf,,,90,,,,,,,\n")
+        file.write("3,1173,0.1,nan,,,,,,,,,,,,,,,,\n4,1564,0.1,inf,,,90,,,,,,,,,,,,,\n")
     (found,) = named(run)
     assert [epoch for epoch, _ in epoch_points(found.history, LOSS)] == [1, 2]
     assert [epoch for epoch, _ in epoch_points(found.history, TEST_ERROR)] == [1, 2, 4]

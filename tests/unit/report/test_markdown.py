@@ -98,7 +98,7 @@ def test_stopped_as_planned(make_run: MakeRun) -> None:
 def test_diverged(make_run: MakeRun) -> None:
     run = make_run("res20", done=2)
     with (run / "metrics.csv").open("a", encoding="utf-8") as file:
-        file.write("3,1173,0.1,nan,,,90,,,,,,,\n")
+        file.write("3,1173,0.1,nan,,,90,,,,,,,,,,,,,\n")
     assert "diverged" in line(document(run), "State")
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable
 from lowmem.runs.atomic import RowFile, write_text_atomic
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, StepRow, csv_line
-from lowmem.runs.tables import Follower, News, TableFollower, cut_table, scan_table
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, StepRow, csv_line
+from lowmem.runs.tables import Follower, News, TableFollower, cut_table, read_table, scan_table
 
 COLUMNS = STEP_TABLE
 NUMBERS = st.none() | st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(10**9), 10**9)
@@ -96,6 +96,26 @@ def test_a_table_that_is_none(tmp_path: Path) -> None:
     path.write_text("step,epoch,lr\n1,1,1\n")
     with pytest.raises(CorruptCheckpoint, match="other columns"):
         cut_table(path, COLUMNS, 4)
+
+
+def test_rows_of_an_older_version_get_the_columns_that_came_since(tmp_path: Path) -> None:
+    path, names = tmp_path / "metrics.csv", EPOCH_TABLE.names[:14]
+    rows = [{"epoch": epoch, "step": 3 * epoch, "train_loss": 0.1, "val_error_pct": 7.5} for epoch in (1, 2, 3)]
+    older = "\n".join([",".join(names), *(csv_line(names, row) for row in rows)]) + "\n"
+    path.write_text(older)
+    scan = scan_table(path, EPOCH_TABLE, 3)
+    assert (scan.kept, scan.damage, path.read_text()) == (3, None, older), "who looks changes nothing"
+    assert cut_table(path, EPOCH_TABLE, 2) is None
+    now = "\n".join([EPOCH_TABLE.header, *(csv_line(EPOCH_TABLE.names, row) for row in rows[:2])]) + "\n"
+    assert path.read_text() == now
+    assert read_table(path, EPOCH_TABLE, [])[1] == tuple(EpochRow(**row) for row in rows[:2])  # type: ignore[arg-type]
+    # A damaged row costs that row, and no other header is taken for an older one.
+    path.write_text(older.replace("2,6,", "2,x,"))
+    assert "1 damaged lines" in (cut_table(path, EPOCH_TABLE, 3) or "")
+    assert [row.epoch for row in read_table(path, EPOCH_TABLE, [])[1]] == [1, 3]
+    path.write_text(",".join(EPOCH_TABLE.names[:13]) + "\n")
+    with pytest.raises(CorruptCheckpoint, match="other columns"):
+        cut_table(path, EPOCH_TABLE, 2)
 
 
 def test_a_table_of_any_size_is_cut_without_holding_it(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.models.resnet import Bottleneck, ResNet
 from lowmem.plan.policy import Schedule
 from lowmem.remat import apply_plan, decompose

@@ -9,7 +9,7 @@ import torch
 
 from lowmem.choose.request import card_rates
 from lowmem.config.cards import load_card
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build

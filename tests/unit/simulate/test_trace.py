@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.units import MIB
 from lowmem.plan.cost import KernelWork
 from lowmem.plan.policy import LEAN

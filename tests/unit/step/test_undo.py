@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.models import build
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer

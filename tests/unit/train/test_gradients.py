@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lowmem.calibrate.device import describe, elsewhere
-from lowmem.config.schema import BEFORE, Config, OptimConfig, flatten, nest
+from lowmem.config.optimization import OptimConfig
+from lowmem.config.schema import BEFORE, Config, flatten, nest
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle import resume_training, run_training
 from lowmem.models import build

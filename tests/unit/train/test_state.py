@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.models import build
 from lowmem.runs.checkpoint import Checkpoint
