@@ -107,6 +107,10 @@ FLAGS = (
     Flag("--raw-uint8", "", bool, {"export": "The graph takes uint8 pictures, and normalises them itself."}),
     Flag("--force", "", bool, {"export": "Replace the file that is there."}),
     Flag("--curve", "", Path, {"plan": "Draw memory against time to this file: .png, .jpg, .svg or .pdf."}),
+    Flag("--notify", "", str, {
+        "train resume": "Run this command at the end; LOWMEM_OUTCOME, LOWMEM_MESSAGE, … tell it how that was. For this "
+        "call only.",
+    }, metavar="COMMAND"),
     # Settings.
     Flag("--arch", "model.arch", str, {
         "train": "res20 res34 res50 res56 res101 res110, or cnn… without shortcuts.",

@@ -75,14 +75,15 @@ def _top(
 
 
 @command
-def train(given: Given, out: Path | None, dry_run: bool) -> None:
+def train(given: Given, out: Path | None, dry_run: bool, notify: str | None) -> None:
     """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
     settings = given.settings()
+    from lowmem.cli.notify import notifying
     from lowmem.cli.terminal import observer
-    from lowmem.lifecycle import run_training
+    from lowmem.lifecycle import run_folder, run_training
 
-    with observer() as shown:
-        run_training(settings, out, shown, dry_run=dry_run)
+    with notifying(None if dry_run else notify, out or run_folder(settings.config)) as ended, observer() as shown:
+        ended(run_training(settings, out, shown, dry_run=dry_run))
 
 
 @command
@@ -91,19 +92,21 @@ def resume(
     run: Annotated[Path, _runs("The run folder, like runs/res110.")],
     epochs: int | None,
     out: Path | None,
+    notify: str | None,
 ) -> None:
     """Go on exactly where a run stopped."""
     changes = given.changes()
     if out is not None and epochs is None:
         raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
+    from lowmem.cli.notify import notifying
     from lowmem.cli.terminal import observer
-    from lowmem.lifecycle import extend_run, resume_training
+    from lowmem.lifecycle import extend_run, fork_folder, resume_training
 
-    with observer() as shown:
+    with notifying(notify, run if epochs is None else out or fork_folder(run)) as ended, observer() as shown:
         if epochs is None:
-            resume_training(run, changes, shown)
+            ended(resume_training(run, changes, shown))
         else:
-            extend_run(run, epochs=epochs, changes=changes, out=out, observer=shown)
+            ended(extend_run(run, epochs=epochs, changes=changes, out=out, observer=shown))
 
 
 @command

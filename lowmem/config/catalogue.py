@@ -39,6 +39,8 @@ OTHER_NAMES = {
     "random_seed": "seed",
     **dict.fromkeys(("memory", "gpu_memory"), "memory.vram"),
     "save_every": "checkpoint.every_minutes",
+    **dict.fromkeys(("early_stopping", "early_stopping_patience"), "train.patience"),
+    **dict.fromkeys(("max_time", "max_hours", "time_limit"), "train.hours"),
 }
 
 

@@ -38,7 +38,20 @@ from lowmem.train.observer import Observer
 if TYPE_CHECKING:
     from lowmem.train.loop import Outcome
 
-__all__ = ["extend_run", "fork_run", "recorded_settings", "resume_training", "run_training"]
+__all__ = [
+    "extend_run", "fork_folder", "fork_run", "recorded_settings", "resume_training", "run_folder", "run_training",
+]  # fmt: skip
+
+
+def run_folder(config: Config) -> Path:
+    """Where a new run is made, if nobody says where."""
+    return Path("runs") / config.model.name
+
+
+def fork_folder(source: Path) -> Path:
+    """Where a fork of `source` is made, if nobody says where."""
+    source = source.resolve() if source.name in ("", "..") else source
+    return source.with_name(f"{source.name}-fork")
 
 
 def run_training(
@@ -52,7 +65,7 @@ def run_training(
     PeerLost.
     """
     settings = config if isinstance(config, Settings) else Settings(config, dict.fromkeys(known_keys(), "caller"))
-    path, observer = Path(out) if out is not None else Path("runs") / settings.config.model.name, observer or Observer()
+    path, observer = Path(out) if out is not None else run_folder(settings.config), observer or Observer()
     if Launch.of_environment() is None:  # else rank 0 looks, when they have come together
         refuse_unknown_cards(settings.config)
         refuse_existing(path)
@@ -114,7 +127,7 @@ def fork_run(
     source = Path(source)
     if source.name in ("", ".."):
         source = source.resolve()
-    path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
+    path = Path(out) if out is not None else fork_folder(source)
     if path.resolve().is_relative_to(source.resolve()):
         raise UsageError(
             f"{path} lies inside of {source}, which a fork leaves as it is: choose another folder with --out"

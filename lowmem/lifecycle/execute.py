@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -73,7 +74,9 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
             return Outcome(begin.path, False, trainer.state)
         outcome = trainer.run(folder)
         if group.leads:
-            observer.ended(*last_words(trainer, outcome))
+            words, then = last_words(trainer, outcome)
+            observer.ended(words, then)
+            outcome = replace(outcome, words=words)
         return outcome
 
 

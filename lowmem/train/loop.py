@@ -53,12 +53,13 @@ from lowmem.train.watchers import (
 @dataclass(frozen=True)
 class Outcome:
     """The folder of a run and how it ended: finished, or stopped as asked. `why`: the setting that ended it before its
-    last epoch."""
+    last epoch. `words`: the last ones that were said of it, by the process that leads."""
 
     path: Path
     finished: bool
     state: RunState
     why: str = ""
+    words: str = ""
 
 
 class Trainer(Replica):
