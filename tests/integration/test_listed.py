@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from lowmem.cli.main import _run
-from lowmem.lifecycle import run_training
 from tests.conftest import assert_same_run
 from tests.integration.test_any_network import CIFAR
 from tests.tiny import arguments
