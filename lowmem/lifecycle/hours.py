@@ -21,7 +21,7 @@ _LEAST_STEPS = 3
 
 
 def measure_step(trainer: Trainer, hours: float) -> float:
-    """Mean seconds of whole batches, one step after the other, in all processes; the trainer is then as it was."""
+    """Mean seconds of steps of whole batches, one after the other, in all processes; the trainer is then as it was."""
     most = min(_MOST_MEASURED_SECONDS, _MEASURED_SHARE * 3600 * hours)
     before, group = Before(trainer.step), trainer.group
     whole = max(1, trainer.batches.steps_per_epoch - 1)  # without the last, smaller one
