@@ -7,9 +7,9 @@ operations are over the simulated step of the untouched model under autograd, no
 the budget is a card, the caching allocator's segments count too: the reserved figure has to fit. The solver's seconds
 are those of the table for one budget and of reading the schedule from it, without the costs it is given.
 
-With host memory a scenario names the link's rate, each way; the step's seconds then include what the timeline of
-`lowmem.plan.hosting` says it waits for the link. How much host memory there is does not bound the plans: a column says
-what they take of it.
+With host memory a scenario names the link's rate, each way; complete gradients may wait there too. The step's seconds
+then include what the timeline (`lowmem.plan.timeline`) says it waits for the link. How much host memory there is does
+not bound the plans: a column says what they take of it.
 
 Writes `results/plan_targets.json` and `.md` beside this file. Takes a few minutes on one core.
 """
@@ -125,7 +125,7 @@ class Bench:
         if self.link is None:
             return Solver(self.chain, limit_bytes=limit_bytes)
         rates = LinkRates(self.link * 1e9, self.link * 1e9)
-        return HostSolver(self.chain, HostTerms(rates, UNBOUNDED))
+        return HostSolver(self.chain, HostTerms(rates, UNBOUNDED, grads=True))
 
 
 TORCHVISION = "torchvision"

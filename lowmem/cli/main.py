@@ -220,7 +220,7 @@ def export(
     raw_uint8: bool,
     force: bool,
 ) -> None:
-    """A trained network in one file for other programs, which says what it is and is compared with the network."""
+    """Write a trained network for other programs: ONNX, TorchScript or safetensors, compared before it is there."""
     from lowmem.cli.show import show_export
 
     show_export(run, format, out, weights, raw_uint8, force)

@@ -99,15 +99,15 @@ class TestSet:
 
 
 def load_test(config: DataConfig, *, progress: Progress | None = None) -> TestSet:
-    """What a network that was trained on other pictures can be evaluated on: the test pictures of the source that
-    `config` names, all of them; of a folder whose folders are the classes all that is there. Raises DataError."""
+    """What a network that was trained on other pictures can be evaluated on: all test pictures of the source that
+    `config` names, and where it has none apart all that it has. Raises DataError."""
     if config.source not in SOURCES:
         parts = {part for part in ("train", "test") if (folder_of(config.source) / part).is_dir()}
         if "train" not in parts:  # the folders are the classes, which is refused unless they are to be split
             classes = config.source + "/test" * len(parts)
             config = config.model_copy(update={"source": classes, "test_split": 1})
     source = _read(config, progress=progress)
-    part = "train" if source.test is None else "test"
+    part = next(part for part in ("test", "val", "train") if getattr(source, part) is not None)
     pictures = _sized(getattr(source, part).take(None), config)
     return TestSet(source.name, source.classes, pictures, source.files.get(part, ()), source.warnings)
 

@@ -188,7 +188,7 @@ class TrainBatches:
                 found.append(cutout_boxes(self._seed, epoch, order, self._size, self._cutout))
             if self._erasing:
                 found.append(erased_boxes(self._seed, epoch, order, self._size, self._erasing))
-            self._boxes = tuple(torch.from_numpy(boxes).to(self._device) for boxes in found)
+            self._boxes = tuple(torch.from_numpy(boxes.astype(np.int16)).to(self._device) for boxes in found)
             if self._mixup:
                 each = [partners(self._seed, epoch, at, self.size(at)) for at in range(self.steps_per_epoch)]
                 self._partners = torch.from_numpy(np.concatenate(each)).to(self._device)

@@ -170,14 +170,15 @@ def decode_ahead(
     pool = ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1))
     begun: deque[tuple[str, Future[NDArray[np.uint8] | str]]] = deque()
     try:
-        for path, trouble in files:
-            begun.append((path, pool.submit(one, path, trouble)))
-            if len(begun) > ahead:
-                path, future = begun.popleft()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and odd palettes, as above
+            for path, trouble in files:
+                begun.append((path, pool.submit(one, path, trouble)))
+                if len(begun) > ahead:
+                    path, future = begun.popleft()
+                    yield path, future.result()
+            for path, future in begun:
                 yield path, future.result()
-        while begun:
-            path, future = begun.popleft()
-            yield path, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -39,7 +39,7 @@ def erased_boxes(seed: int, epoch: int, samples: NDArray[np.integer], side: int,
 
 
 def erase_(images: Tensor, boxes: Tensor) -> Tensor:
-    """Zeros in `images`, float [B, C, N, N], in place; boxes int64 [4, B] on the same device."""
+    """Zeros in `images`, float [B, C, N, N], in place; boxes int [4, B] on the same device."""
     top, left, height, width = boxes[:, :, None]
     places = torch.arange(images.shape[-1], device=images.device)
     rows, columns = (places >= top) & (places < top + height), (places >= left) & (places < left + width)

@@ -69,46 +69,41 @@ def export(
 
     Raises UsageError, PreflightError for what cannot be written so, or gives other logits; DiskError; and what
     `load_run` raises. Then nothing is written."""
-    refuse_export(run, form, out, raw_uint8=raw_uint8, force=force)
+    _refuse(run, form, out, raw_uint8=raw_uint8, force=force)
     loaded = load_run(run, weights, device="cpu")
     if out.resolve() == loaded.weights.resolve():
         raise UsageError(f"{out} are the weights themselves: {_WAY_OUT}")
     if form == "safetensors":  # the file says all of it already
-        data = loaded.weights.read_bytes()
-        _write(out, data)
+        with disk_errors(out):
+            write_bytes_atomic(out, data := loaded.weights.read_bytes())
         return Exported(out, len(data), "", "", 0.0)
     images, words = _pictures(loaded, phase)
     network: nn.Module = _OfBytes(loaded.model, loaded.normalize) if raw_uint8 else loaded.model
     images = images if raw_uint8 else loaded.normalize(images)
     takes, metadata = _describe(loaded, images, raw_uint8)
-    phase(f"writing {form}")
+    to_bytes, by_program, program = _OF_GRAPHS[form]
     said = loaded.weights if loaded.config is None else loaded.config.model.words
-    way_out = f"mend what depends on the number of pictures or on values in it, or take --format {_other(form)}"
-    with _quietly(), torch.no_grad():
-        try:
-            data = (_to_onnx if form == "onnx" else _to_torchscript)(network.eval(), images[:2], metadata)
-        except Exception as error:
-            raise PreflightError(
-                f"{said} cannot be written as {form} ({shorten(first_line(error))}): {way_out}"
-            ) from None
-        program, load_back = ("onnxruntime", _by_onnxruntime) if form == "onnx" else ("torch.jit", _by_torchscript)
-        phase(f"comparing with {program}")
-        try:
-            difference, most = _differ(network, load_back(data), images)
-        except Exception as error:
-            raise PreflightError(
-                f"{program} does not run {said} as {form} ({shorten(first_line(error))}): {way_out}"
-            ) from None
+    others = " or ".join(FORMATS[FORMATS.index(form) + 1 :])
+    way_out = f"mend what depends on the number of pictures or on values in it, or take --format {others}"
+    phase(f"writing {form}, and comparing in {program}")
+    try:
+        with _quietly(), torch.no_grad():
+            data = to_bytes(network.eval(), images[:2], metadata)
+            difference, most = _differ(network, by_program(data), images)
+    except Exception as error:
+        why = shorten(first_line(error))
+        raise PreflightError(f"{said} cannot be written as {form} for {program} ({why}): {way_out}") from None
     if not difference <= most:
         raise PreflightError(
             f"{said} as {form} gives logits that differ by {difference:.2g} in {program} from the network's, on "
             f"{words}, and {most:.2g} is the most that may be: {way_out}"
         )
-    _write(out, data)
+    with disk_errors(out):
+        write_bytes_atomic(out, data)
     return Exported(out, len(data), takes, f"{program}, on {words}", difference)
 
 
-def refuse_export(run: Path, form: str, out: Path, *, raw_uint8: bool, force: bool) -> None:
+def _refuse(run: Path, form: str, out: Path, *, raw_uint8: bool, force: bool) -> None:
     """Before anything is loaded. Raises UsageError, PreflightError."""
     if form not in FORMATS:
         raise UsageError(f"there is no format {shorten(form)!r}: use --format {', '.join(FORMATS)}")
@@ -153,10 +148,6 @@ def _quietly() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def _other(form: str) -> str:
-    return "torchscript or safetensors" if form == "onnx" else "safetensors"
-
-
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
@@ -183,13 +174,13 @@ def _describe(loaded: LoadedRun, images: Tensor, raw_uint8: bool) -> tuple[str, 
     kind, as_what = ("uint8", "as they are") if raw_uint8 else ("float32", "(x / 255 - mean) / std by channel")
     takes = f"{INPUT}: {kind} [N, {', '.join(map(str, images.shape[1:]))}], RGB, {as_what}"
     told = {
+        **loaded.info.model_dump(exclude_none=True),
         "prepared": loaded.how_prepared,
         "takes": takes,
         "gives": f"{OUTPUT}: float32 [N, {len(loaded.info.classes or ())}], by class",
+        "exported_by": f"lowmem {lowmem.__version__}, torch {torch.__version__}",
     }
-    made = {"exported_by": f"lowmem {lowmem.__version__}, torch {torch.__version__}"}
-    said = {**loaded.info.model_dump(exclude_none=True), **told, **made}
-    return takes, json.dumps(said, sort_keys=True, ensure_ascii=False)
+    return takes, json.dumps(told, sort_keys=True, ensure_ascii=False)
 
 
 def _to_onnx(network: nn.Module, images: Tensor, metadata: str) -> bytes:
@@ -212,11 +203,6 @@ def _to_torchscript(network: nn.Module, images: Tensor, metadata: str) -> bytes:
     return file.getvalue()
 
 
-def _write(out: Path, data: bytes) -> None:
-    with disk_errors(out):
-        write_bytes_atomic(out, data)
-
-
 # -- whether it is the network -----------------------------------------------------------------------------------------
 
 
@@ -232,7 +218,7 @@ def _pictures(loaded: LoadedRun, phase: Phase) -> tuple[Tensor, str]:
                 images = middles(chosen, range(_PICTURES)).contiguous()
             else:
                 images = loaded.squares(chosen.images)
-            return images, f"{_PICTURES} of the run's test pictures"
+            return images, f"{min(len(test), _PICTURES)} of the run's test pictures"
     shape = (_PICTURES, len(loaded.info.mean or ()), size, size)
     words = addressed.draw_uint64(addressed.derive_seed(0, "export"), np.arange(np.prod(shape)))
     random = torch.from_numpy((words >> np.uint64(56)).astype(np.uint8)).view(shape)
@@ -248,6 +234,12 @@ def _by_onnxruntime(data: bytes) -> Compute:
 def _by_torchscript(data: bytes) -> Compute:
     loaded: Compute = torch.jit.load(io.BytesIO(data), map_location="cpu")
     return loaded
+
+
+_OF_GRAPHS = {
+    "onnx": (_to_onnx, _by_onnxruntime, "onnxruntime"),
+    "torchscript": (_to_torchscript, _by_torchscript, "torch.jit"),
+}
 
 
 def _differ(network: Compute, other: Compute, images: Tensor) -> tuple[float, float]:

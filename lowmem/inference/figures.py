@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem.core.reading import shorten
 from lowmem.data.cutting import middles
 from lowmem.data.pictures import MAPPED_FROM, AnyPictures, MappedPictures
 from lowmem.inference.evaluation import Evaluation
@@ -84,7 +85,7 @@ def _most_confused(evaluation: Evaluation) -> list[str]:
     pairs, counts = np.unique(np.stack([labels, predictions])[:, labels != predictions], axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_PAIRS_NAMED]
     return [
-        f"{classes[label]} taken for {classes[taken]}: {100 * count / of_class[label]:.0f} %"
+        f"{shorten(classes[label], 24)} taken for {shorten(classes[taken], 24)}: {100 * count / of_class[label]:.0f} %"
         for (label, taken), count in zip(pairs.T[order].tolist(), counts[order].tolist(), strict=True)
     ]
 
@@ -101,6 +102,7 @@ def draw_worst(evaluation: Evaluation) -> bytes:
     def write(
         left: float, top: float, words: str, room: float, colour: str, size: float, weight: str = "normal"
     ) -> None:
+        words = shorten(words, round(20 * room))  # more would not fit, and every character is measured
         drawn = figure.text(left / width, 1 - top / height, words, va="top", color=colour, parse_math=False)
         drawn.set(fontsize=size, fontweight=weight)
         fit(drawn, room * style.DPI)
@@ -124,7 +126,7 @@ def draw_worst(evaluation: Evaluation) -> bytes:
 
 
 def _heading(evaluation: Evaluation) -> str:
-    return f"{evaluation.run.name} on {evaluation.tests.name}"
+    return shorten(f"{evaluation.run.name} on {evaluation.tests.name}", 80)
 
 
 def _images(pictures: AnyPictures, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -31,6 +31,7 @@ from lowmem.runs.view import recorded_settings
 from lowmem.runs.weights import WeightsInfo, read_weights
 
 Picture = str | Path | Image.Image
+MOST_IMAGE_SIZE = 1024  # as of `DataConfig`
 _NEEDED = ("data", "classes", "image_size", "mean", "std")
 
 
@@ -117,8 +118,9 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
     refuse_changed_files(settings.spec, settings.sha256)
     on = _device(device)
     channels: Literal[1, 3] = 1 if len(info.mean) == 1 else 3
-    model = make_network(settings, len(info.classes), channels=channels, seed=0)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # A stranger's file may name one that fits no memory.
+    shapeless = make_network(settings, len(info.classes), channels=channels)
+    expected = {name: tuple(tensor.shape) for name, tensor in shapeless.state_dict().items()}
     if odd := sorted({*expected.items()} ^ {*shapes.items()}):
         name = odd[0][0]
         sides = [f"has {list(one[name])}" if name in one else "has none" for one in (shapes, expected)]
@@ -126,6 +128,7 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
             f"{file} is another network's than {settings.words}: of {shorten(name)} it {sides[0]}, the network "
             f"{sides[1]}: name the run's own weights"
         )
+    model = make_network(settings, len(info.classes), channels=channels, seed=0)
     model.load_state_dict(safetensors.torch.load_file(file))
     fit = info.fit or ("crop" if config is None else config.data.fit)
     pictures = DataConfig.model_construct(source=info.data, image_size=info.image_size, channels=channels, fit=fit)
@@ -134,7 +137,10 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
 
 def _read(file: Path) -> tuple[dict[str, tuple[int, ...]], WeightsInfo]:
     try:
-        return read_weights(file)
+        shapes, info = read_weights(file)
+        if min(info.std or (1,)) <= 0 or (info.image_size or 0) > MOST_IMAGE_SIZE:
+            raise Unreadable(f"says that pictures of side {info.image_size} have the deviation {info.std}")
+        return shapes, info
     except FileNotFoundError:
         raise UsageError(
             f"{file} is not there: a run writes best and last when its first epoch ends; name another run or file"

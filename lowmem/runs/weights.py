@@ -25,8 +25,8 @@ class WeightsInfo(Section, extra="ignore"):
     """`arch` to `shortcuts`: of a network of the family; `spec`, `args`: of another, what makes it, of a file its name
     alone. `image_size`: side of the square pictures; `mean`, `std`: by channel, of pixels in [0, 1], three of
     RGB and one of grey pictures; `fit`: how files became square; `epoch`: completed ones; `error_pct`: on the pictures
-    `error_on`; `chosen_on`: those that the best was chosen on. None: not recorded, like most in files of older
-    versions."""
+    `error_on`; `chosen_on`: those that the best was chosen on; `ema`: the decay of the running mean that the weights
+    are. None: not recorded, like most in files of older versions."""
 
     arch: str | None = None
     block: str | None = None
@@ -45,6 +45,7 @@ class WeightsInfo(Section, extra="ignore"):
     error_pct: float | None = None
     error_on: Literal["val", "test"] | None = None
     chosen_on: Literal["val", "test"] | None = None
+    ema: float | None = None  # also where they are no mean
     version: str | None = None  # of lowmem
 
     def to_metadata(self) -> dict[str, str]:

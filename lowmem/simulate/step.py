@@ -40,7 +40,7 @@ class StepShape:
     library_norm: bool = False  # see lowmem.remat.batch_norm; of a planned step
     joint: bool = False  # one of several processes that sum their gradients
     sync_bn: bool = False
-    label_smoothing: bool = False
+    label_smoothing: bool = False  # how much does not matter
     mixup: bool = False  # pictures with two labels each
     stages: tuple[str, ...] | None = None  # the chain's links, where they are named; None: as it is traced
 

@@ -233,8 +233,8 @@ def describe_weights(config: Config, dataset: Dataset, **at: Any) -> WeightsInfo
         network: dict[str, Any] = model.given | {"shortcuts": model.arch.startswith("res")}
     else:
         network = {"spec": describe(model.spec, {}), "args": model.args}
-    told = {**network, **dataset.describe(), "fit": config.data.fit, **at, "version": lowmem.__version__}
-    return WeightsInfo.model_validate(told)
+    at |= {"fit": config.data.fit, "ema": config.optim.ema, "version": lowmem.__version__}
+    return WeightsInfo.model_validate({**network, **dataset.describe(), **at})
 
 
 # -- gradient norms ----------------------------------------------------------------------------------------------------

@@ -263,10 +263,13 @@ def _restore_slots(checkpoint: Checkpoint, model: nn.Module, step: TrainStep) ->
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in kept.items():
         slot, _, name = key.partition("/")
-        found = saved.get(key, parameters[name] if slot == EMA else torch.zeros_like(tensor))
-        if found.shape != tensor.shape:
+        found = saved.get(key, parameters[name] if slot == EMA else None)
+        if found is None:
+            tensor.zero_()
+        elif found.shape != tensor.shape:
             raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} belongs to another network")
-        tensor.copy_(found)
+        else:
+            tensor.copy_(found)
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -122,9 +122,10 @@ def side_by_side(before: RateCurve, after: RateCurve) -> list[str]:
     for at in sorted(at for curve in (before, after) for at, _ in curve.points):
         if not places or at - places[-1] > _SAME_EPOCHS:
             places.append(at)
-    if len(places) > _MOST_ROWS:
+    smooth = before.smooth or after.smooth
+    if smooth and len(places) > _MOST_ROWS:
         places = [places[number * (len(places) - 1) // (_MOST_ROWS - 1)] for number in range(_MOST_ROWS)]
-    word, digits = ("at", ".3g") if before.smooth or after.smooth else ("from", "g")
+    word, digits = ("at", ".3g") if smooth else ("from", "g")
     rows = [("learning rate", "before", "after")]
     for at in places:
         whole = int(at + _SAME_EPOCHS)

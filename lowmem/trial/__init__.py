@@ -40,7 +40,7 @@ PLANNED = "planned"
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """What to do. The network is what a `ModelConfig` says. `way` is one of those above; `plan` is a `Plan` as JSON for
-    the planned one. `optim`: what is set of an `OptimConfig`; `fused`: the form of SGD that a run has; without it the
+    the planned one. `optim`: what is set of an `OptimConfig`; `fused`: its form, as a run has it; without it the
     one that the library takes if one says nothing.
 
     `image_size`: side of what the network sees; `stored_side`: of the pictures as they are held, which are enlarged as

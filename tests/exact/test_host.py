@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowmem.config.schema import OptimConfig
+from lowmem.measure.out_of_memory import Failure
 from lowmem.plan.policy import GRADS, OUTPUT, SAVE_ALL, Host, Keep, Schedule, Segment
 from lowmem.remat import PlannedModule, apply_plan, decompose
 from lowmem.remat.host import Traffic
@@ -17,6 +19,8 @@ from lowmem.remat.links import CpuLink
 from lowmem.simulate.effects import OutlineMode
 from lowmem.simulate.step import empty_copy
 from lowmem.simulate.trace import Recorder
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.step.undo import Undo
 from tests.exact.compare import (
     BLOCKS,
     FORMAT_NAMES,
@@ -195,6 +199,35 @@ def test_a_parameter_of_two_stages_gets_both_gradients() -> None:
 
     assert differences(shared(), planned, step) == []
     assert 0 < link.arena.bytes <= 2 * 64 * 64 * 4
+
+
+def test_out_of_memory_in_the_middle_of_a_backward_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, link, plain = only_gradients()
+    execution, (x, labels) = Execution("cpu", "fp32", "contiguous"), pictures()
+    steps = [
+        TrainStep(model, make_optimizer(model, OptimConfig(), "cpu"), make_scaler(execution), execution, None)
+        for model in (plain, planned)
+    ]
+    undo = Undo(steps[1], planned)
+    completed, left = Traffic.completed, 4
+
+    def fails(*args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise MemoryError("here")
+        completed(*args)
+
+    monkeypatch.setattr(Traffic, "completed", fails)
+    failure = undo.attempt(lambda: steps[1](x, labels, 0.1))
+    assert isinstance(failure, Failure)
+    assert not failure.final
+    assert in_use(link) == 0
+    assert all(parameter.grad is None for parameter in planned.parameters())
+    for _ in range(2):
+        steps[0](x, labels, 0.1)
+        assert not isinstance(undo.attempt(lambda: steps[1](x, labels, 0.1)), Failure)
+    assert all(map(torch.equal, planned.state_dict().values(), plain.state_dict().values()))
 
 
 @pytest.mark.parametrize("method", ["ran", "completed", "reaches", "_begin"])

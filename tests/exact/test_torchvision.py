@@ -103,12 +103,12 @@ def step_shape(model: nn.Module, side: int, batch: int) -> StepShape:
     )
 
 
-def counted_peak_bytes(model: nn.Module, plan: Plan, side: int) -> int:
+def counted_peak_bytes(model: nn.Module, plan: Plan, side: int, channels: int = 3) -> int:
     """Of storages, in a real step."""
     run = apply_plan(copy.deepcopy(model), plan)
     optimizer, execution = make_optimizer(run, OptimConfig(), "cpu"), Execution("cpu", "fp32", plan.memory_format)
     step = TrainStep(run, optimizer, make_scaler(execution), execution, plan.batch)
-    images, labels = torch.randn(plan.batch, 3, side, side), torch.zeros(plan.batch, dtype=torch.int64)
+    images, labels = torch.randn(plan.batch, channels, side, side), torch.zeros(plan.batch, dtype=torch.int64)
     undo = Undo(step, run)
     there = (*run.parameters(), *run.buffers(), *optimizer_tensors(optimizer), *undo.copies, images, labels)
     with TensorMeter() as meter:

@@ -26,17 +26,19 @@ pytestmark = [
 
 @pytest.mark.parametrize("batch_norm", ["library", "native"])
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("precision", ["fp32", "amp"])
+@pytest.mark.parametrize("precision", ["fp32", "amp", "bf16"])
 @pytest.mark.parametrize(("arch", "block", "budget"), [("res20", "basic", "40M"), ("cnn56", "bottleneck", "60M")])
 def test_a_planned_step_has_autograds_bits(
     arch: str,
     block: str,
     budget: str,
-    precision: Literal["fp32", "amp"],
+    precision: Literal["fp32", "amp", "bf16"],
     memory_format: Literal["contiguous", "channels-last"],
     batch_norm: Literal["library", "native"],
 ) -> None:
     """Loss, gradients and buffers, with deterministic algorithms and the same kernels of batch norm on both sides."""
+    if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("the card has no bf16")
     model = skeleton(arch, block, width=16)
     plan = make_plan(
         model, batch=64, budget=budget, precision=precision, memory_format=memory_format, batch_norm=batch_norm

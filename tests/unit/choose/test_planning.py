@@ -10,7 +10,7 @@ from lowmem.choose.planning import Choice, Request, card_rates, choose, make_pla
 from lowmem.choose.request import Budget
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
-from lowmem.core.errors import Infeasible, UsageError
+from lowmem.core.errors import Infeasible, PreflightError, UsageError
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
@@ -138,3 +138,35 @@ def test_a_budget_without_its_unit() -> None:
     for budget in ("10K", 6):  # a number is bytes
         with pytest.raises(Infeasible):
             make_plan(tiny, batch=1, budget=budget)
+
+
+def test_what_the_optimizer_keeps_is_part_of_the_plan() -> None:
+    """A tensor of each parameter's size for SGD's momentum and for mean weights, two for Adam."""
+    parameters = list(MODEL.parameters())
+    sizes, counts = sum(parameter.nbytes for parameter in parameters), 512 * len(parameters)  # the allocator's units
+    taken = {
+        copies: make_plan(MODEL, batch=8, budget="60M", **given).predicted.peak_allocated_bytes  # type: ignore[arg-type]
+        for copies, given in (
+            (0, {"momentum": False}),
+            (1, {}),
+            (2, {"ema": True}),
+            (2.5, {"optimizer": "adam"}),
+            (3.5, {"optimizer": "adamw", "ema": True}),
+        )
+    }
+    for copies, size in taken.items():
+        assert size is not None
+        more = int(copies) * sizes + counts * (copies % 1 > 0)
+        # Small tensors are rounded up, and so is each in the copies by which a failed update is noticed.
+        assert more <= size - (taken[0] or 0) <= more + int(copies) * 512 * len(parameters) + 4096
+
+
+def test_bf16_on_cards_that_have_it() -> None:
+    plan = make_plan(MODEL, batch=8, card=load_card("rtx3060-12g"), precision="bf16")
+    same = make_plan(MODEL, batch=8, card=load_card("rtx3060-12g"), precision="amp")
+    assert (plan.precision, plan.tf32) == ("bf16", False)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.predicted == same.predicted  # as many bytes, at the same rate
+    for name in ("gtx1060-6g", "rtx2080ti"):
+        with pytest.raises(PreflightError, match=r"bf16 begins with 8\.0 .*: use --precision amp"):
+            make_plan(MODEL, batch=8, card=load_card(name), precision="bf16")

@@ -11,6 +11,7 @@ from lowmem.config.optimization import OptimConfig
 from lowmem.config.schema import OPERATIONAL, Config, ModelConfig, flatten, known_keys, nest
 from lowmem.config.settings import from_yaml, gather, parse_set, refuse_changes, to_yaml
 from lowmem.core.errors import UsageError
+from lowmem.train.schedule import learning_rate
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -69,6 +70,10 @@ def test_every_setting_is_recorded_and_read_back(tmp_path: Path) -> None:
         (["optim.kind=adamw", "optim.nesterov=true"], "optim: nesterov is SGD's, and kind is adamw: leave it at false"),
         (["optim.eps=1e-6"], "eps is AdamW's, and kind is sgd: leave it at 1e-08"),
         (["data.download=maybe"], "it takes true or false"),
+        (["data.cutout=32"], "cutout 32 covers pictures of image_size 32: lower it"),
+        (["data.random_erasing=2"], "random_erasing = 2 .*: it takes a number >= 0 and <= 1"),
+        (["data.mixup=-1"], "mixup = -1 .*: it takes a number >= 0 and <= 100"),
+        (["train.label_smoothing=1"], "label_smoothing = 1 .*: it takes a number >= 0 and < 1"),
         (["memory.vram=on"], "it takes a size like 6G"),
         (["memory.host=12X"], "memory.host = .12X. .*: it takes off or auto, or a size like 6G"),
         (["memory.link=-1"], "memory.link = -1 .*: it takes auto, or a number"),
@@ -99,6 +104,17 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
         gather(config_file=file)
     with pytest.raises(UsageError, match="does not exist"):
         gather(config_file=tmp_path / "none.yaml")
+
+
+def test_the_modern_recipe_at_any_length() -> None:
+    config = gather(recipe="modern").config
+    assert (config.train.epochs, config.schedule.kind, config.optim.decay_norms) == (60, "one-cycle", False)
+    short = gather(recipe="modern", flags={"train.epochs": 3}).config
+    for length in (config, short):
+        steps = length.train.epochs * 100
+        rates = [learning_rate(length, 100, step, low_start=False) for step in range(steps)]
+        assert rates.index(max(rates)) == 0.3 * steps - 1
+        assert (rates[0], max(rates), rates[-1]) == pytest.approx((0.008, 0.2, 0))
 
 
 def test_a_users_own_recipe(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem.config.schema import Config, flatten
+from lowmem.config.schema import Config, OptimConfig, flatten
 from lowmem.doctor import probe as stages
 from lowmem.doctor.probe import Answers, ask, host_answers, largest_error, probe
 from lowmem.models import build
@@ -62,6 +62,8 @@ def test_what_a_run_takes_on_disk() -> None:
     state = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     # Two kept and one being written, each with parameters and momentum; weights three times.
     assert answered(TINY, "network") == {"disk_needed_bytes": 3 * (state + parameters) + 3 * parameters}
+    more = TINY.model_copy(update={"optim": OptimConfig(kind="adamw", ema=0.9)})
+    assert answered(more, "network") == {"disk_needed_bytes": 3 * (state + 3 * parameters) + 3 * parameters}
 
 
 def test_a_torchvision_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

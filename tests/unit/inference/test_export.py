@@ -196,7 +196,7 @@ def test_what_cannot_be_traced_is_one_line(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert _export(tmp_path / "run", "torchscript", tmp_path / "net.pt") == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("lowmem: nets.py:Odd cannot be written as torchscript (ValueError: no): mend")
+    assert line.startswith("lowmem: nets.py:Odd cannot be written as torchscript for torch.jit (ValueError: no): mend")
     assert not (tmp_path / "net.pt").exists()
 
 

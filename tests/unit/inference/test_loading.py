@@ -159,7 +159,9 @@ def _refusals(run: Path, own: Path, folder: Path) -> list[tuple[type[LowmemError
     tensors, info = load_file(run / "weights/best.safetensors"), load_run(run).info
     odd = {"text": {}, "unknown": info.model_copy(update={"arch": "res21"}).to_metadata()}
     odd["none"] = info.model_copy(update={"arch": None}).to_metadata()
-    odd["wider"] = info.model_copy(update={"width": 4}).to_metadata()
+    odd["wider"] = info.model_copy(update={"width": 4096}).to_metadata()
+    odd["constant"] = info.model_copy(update={"std": (0.2, 0.2, 0.0)}).to_metadata()
+    odd["large"] = info.model_copy(update={"image_size": 1 << 40}).to_metadata()
     for name, metadata in odd.items():
         save_file(tensors, folder / name, metadata)
     (folder / "cut").write_bytes((run / "weights/best.safetensors").read_bytes()[:-1])
@@ -167,7 +169,9 @@ def _refusals(run: Path, own: Path, folder: Path) -> list[tuple[type[LowmemError
         (PreflightError, r"does not say its data and classes and image_size and mean and std", (folder / "text",)),
         (CorruptCheckpoint, r"says of itself what cannot be", (folder / "unknown",)),
         (PreflightError, r"does not say what network it is of", (folder / "none",)),
-        (CorruptCheckpoint, r"is another network's than res20 \(basic, width 4\)", (folder / "wider",)),
+        (CorruptCheckpoint, r"is another network's than res20 \(basic, width 4096\)", (folder / "wider",)),
+        (CorruptCheckpoint, r"have the deviation \(0.2, 0.2, 0.0\)", (folder / "constant",)),
+        (CorruptCheckpoint, r"pictures of side 1099511627776", (folder / "large",)),
         (CorruptCheckpoint, r"cut cannot be used \(has [\d,]+ bytes", (folder / "cut",)),
         (CorruptCheckpoint, r"it has none, the network has \[5\]", (own, run / "weights/best.safetensors")),
         (UsageError, r"is a file of weights already", (folder / "wider", folder / "cut")),

@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 
 import lowmem
-from lowmem.measure.out_of_memory import Failure, attempt, classify, says_out_of_memory
+from lowmem.measure.out_of_memory import Failure, attempt, classify, halving, says_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,20 @@ def test_one_place_knows_the_words() -> None:
         "measure/out_of_memory.py",
         "bench/plan_checks.py",
     }
+
+
+@pytest.mark.parametrize(("room", "tried"), [(12, [12]), (3, [12, 6, 3]), (0, [12, 6, 3, 1])])
+def test_halved_until_there_is_room(room: int, tried: list[int]) -> None:
+    sizes: list[int] = []
+    told: list[tuple[str, int]] = []
+
+    def work(size: int) -> int:
+        sizes.append(size)
+        if size > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return size
+
+    done = halving(work, 12, "evaluation", lambda failure, size: told.append((failure.phase, size)))
+    assert sizes == tried
+    assert told == [("evaluation", size) for size in tried[1:]]
+    assert isinstance(done, Failure) if room == 0 else done == room

@@ -54,7 +54,7 @@ def test_only_fp32_in_channels_last_on_the_cpu_is_refused() -> None:
     thin = skeleton("res20", width=4)
     refused = {("cpu", "fp32", "channels-last"), ("cpu", "auto", "channels-last")}
     for device in ("cpu", "cuda"):
-        for precision in ("fp32", "amp", "auto"):
+        for precision in ("fp32", "amp", "bf16", "auto"):
             for layout in ("contiguous", "channels-last"):
                 assert is_safe(thin, device, precision, layout) == ((device, precision, layout) not in refused)
                 check_memory_format(skeleton("res20", width=16), device, precision, layout)

@@ -180,8 +180,8 @@ def budgets_of(chain: ChainCost) -> list[int]:
     return [int(least + share * (most - least)) for share in (0, 0.2, 0.5, 0.8)]
 
 
-def least_seconds(chain: ChainCost, budget: int, rates: LinkRates) -> float:
-    """Of all schedules with any of their items away, in the timeline's order."""
+def least_seconds(chain: ChainCost, budget: int, rates: LinkRates, grads: bool) -> float:
+    """Of all schedules with any of their items away, in the timeline's order, and of `grads` those that it lets go."""
     best = inf
     for schedule in all_schedules(chain):
         walk, everything = Walk(chain), range(len(schedule.items))
@@ -190,27 +190,30 @@ def least_seconds(chain: ChainCost, budget: int, rates: LinkRates) -> float:
             continue
         for away in (some for count in range(len(everything) + 1) for some in combinations(everything, count)):
             cargo = [one for one in cargo_of(schedule.items, chain, len(schedule.items)) if one.item in away]
-            line = timeline(walk.spans, cargo, budget, rates)
+            leaving = grads_of(schedule.items, chain, budget) if grads else ()
+            line = timeline(walk.spans, cargo, budget, rates, leaving)
             best = min(best, inf if line is None else line.seconds)
     return best
 
 
-def test_near_the_least_of_all_schedules_and_all_subsets_away() -> None:
+@pytest.mark.parametrize("grads", [False, True])
+def test_near_the_least_of_all_schedules_and_all_subsets_away(grads: bool) -> None:
     """What is known not to be optimal: the items that leave are always the first n, each as a whole, and their policies
     are the solver's or go by one price of memory. Of a thousand chains at four budgets 4 % were slower than the
-    optimum, one by 28 %; of these ones as few, by at most 15 %. The timeline's own order is not searched."""
+    optimum, one by 28 %; of these ones as few, by at most 15 % (where gradients leave too 7 %, by at most 19 %). The
+    timeline's own order is not searched."""
     exact = helped = 0
     for seed in range(50):
         rng = random.Random(seed)
         chain = movable(rng, random_chain(rng, 3, 2, dropping=rng.random() < 0.5))
         rates = drawn_rates(rng)
-        solver, alone = HostSolver(chain, HostTerms(rates, NO_LIMIT)), Solver(chain)
+        solver, alone = HostSolver(chain, HostTerms(rates, NO_LIMIT, grads)), Solver(chain)
         for budget in budgets_of(chain):
-            best, found = least_seconds(chain, budget, rates), solver.solve(budget).seconds
-            assert best - NOTHING <= found <= 1.15 * best + NOTHING
+            best, found = least_seconds(chain, budget, rates, grads), solver.solve(budget).seconds
+            assert best - NOTHING <= found <= (1.19 if grads else 1.15) * best + NOTHING
             exact += found <= best + NOTHING
             helped += found < alone.solve(budget).seconds - NOTHING
-    assert exact >= 0.95 * 200
+    assert exact >= (0.93 if grads else 0.95) * 200
     assert helped >= 30
 
 
@@ -218,7 +221,7 @@ def test_near_the_least_of_all_schedules_and_all_subsets_away() -> None:
 def test_never_slower_than_without_and_a_link_that_is_no_good_is_not_used(seed: int) -> None:
     chain = drawn_chain(random.Random(seed), 4, 7)
     alone = Solver(chain)
-    solvers = [HostSolver(chain, terms(rate)) for rate in (1e-6, *RATES, 1e6)]
+    solvers = [HostSolver(chain, terms(rate, grads=seed % 2 == 1)) for rate in (1e-6, *RATES, 1e6)]
     links = [solver.terms.rates for solver in solvers]
     for budget in budgets_of(chain):
         without = alone.solve(budget)
@@ -230,7 +233,7 @@ def test_never_slower_than_without_and_a_link_that_is_no_good_is_not_used(seed: 
             assert solution.seconds == pytest.approx(seconds_by_events(solution.schedule, chain, rates), abs=NOTHING)
             assert solution.schedule.hosts == (solution.host_bytes > 0)
         # More rate is not slower here. It may be: what has left in time need not have had to, and comes back.
-        assert all(faster.seconds <= slower.seconds + NOTHING for slower, faster in pairwise(found))
+        assert seed % 2 or all(faster.seconds <= slower.seconds + NOTHING for slower, faster in pairwise(found))
 
 
 def test_a_slow_link_gives_the_plan_without_host_memory() -> None:
@@ -253,7 +256,8 @@ def test_the_limit_of_host_memory_is_kept(seed: int) -> None:
         assert HostSolver(chain, terms(8.0, 0)).solve(budget) == Solver(chain).solve(budget)
 
 
-def test_the_ladder_goes_down() -> None:
+def with_gradients(nbytes: int) -> ChainCost:
+    """A chain whose tensors may all wait, with so many bytes of gradients a stage."""
     chain = tradeoffs(12, 4)
     options = tuple(
         dataclasses.replace(
@@ -264,8 +268,13 @@ def test_the_ladder_goes_down() -> None:
         )
         for option in chain.stages[0].options
     )
-    stages = tuple(dataclasses.replace(stage, options=options) for stage in chain.stages)
-    solver = HostSolver(dataclasses.replace(chain, stages=stages), terms(1e8))
+    more = {"options": options, "param_grad_bytes": nbytes, "host_grad_bytes": nbytes}
+    stages = tuple(dataclasses.replace(stage, **more) for stage in chain.stages)
+    return dataclasses.replace(chain, stages=stages)
+
+
+def test_the_ladder_goes_down() -> None:
+    solver = HostSolver(with_gradients(0), terms(1e8))
     top = solver.solve(solver.curve(None)[-1].peak_bytes)
     rungs = solver.ladder(top.peak_bytes)
     assert len(rungs) > 4
@@ -275,6 +284,22 @@ def test_the_ladder_goes_down() -> None:
         assert lower.seconds >= higher.seconds
     assert rungs[-1].peak_bytes <= solver.least().peak_bytes
     assert rungs[-1].seconds <= solver.least().seconds
+
+
+def test_with_gradients_away_the_least_is_less() -> None:
+    chain = with_gradients(1 << 24)
+    alone, there = Solver(chain), HostSolver(chain, terms(1e9, grads=True))
+    least = there.least()
+    assert least.peak_bytes < 0.8 * alone.least().peak_bytes
+    assert evaluate(least.schedule, chain).peak_bytes == least.peak_bytes
+    assert there.ladder(alone.least().peak_bytes)[-1] == least
+    with pytest.raises(Infeasible) as caught:
+        there.solve(least.peak_bytes // 2)
+    assert caught.value.least_bytes == least.peak_bytes
+    # Where the end of the backward has no room for them, or the limit is too low, they stay.
+    outside = dataclasses.replace(chain, outside_peak_bytes=alone.least().peak_bytes)
+    assert HostSolver(outside, terms(1e9, grads=True)).least().peak_bytes == alone.least().peak_bytes
+    assert HostSolver(chain, terms(1e9, 1 << 20, grads=True)).least().peak_bytes == alone.least().peak_bytes
 
 
 def test_the_optimizers_step_bounds_the_budget_too() -> None:

@@ -135,8 +135,6 @@ def test_the_low_start_is_of_steps_alone(sets: list[str]) -> None:
         (["schedule.final_share=0.1"], r"final_share 0\.1 is for cosine and one-cycle, the kind is steps"),
         (["schedule.warmup_epochs=164"], r"schedule\.warmup_epochs 164 leaves nothing of a run of train\.epochs 164"),
         (["schedule.kind=cos"], "schedule.kind"),
-        (["data.cutout=32"], "cutout 32 covers pictures of image_size 32: lower it"),
-        (["train.label_smoothing=1"], "train.label_smoothing"),
     ],
 )
 def test_what_is_refused(sets: list[str], words: str) -> None:
