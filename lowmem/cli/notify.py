@@ -5,6 +5,7 @@ no setting and is written nowhere, so that a run folder, whoever made it, runs n
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def _notify(command: str, run: Path, how: str, code: int, message: str, best: di
         "RUN": os.path.abspath(run),
         "OUTCOME": how,
         "EXIT_CODE": int(code),
-        "MESSAGE": shorten(message, 4000),
+        "MESSAGE": _plain(message),
         "BEST_ERROR": best.get("best_error_pct"),  # in per cent
         "BEST_EPOCH": best.get("best_epoch"),
     }
@@ -81,6 +82,13 @@ def _notify(command: str, run: Path, how: str, code: int, message: str, best: di
         wrong = f"could not be started ({error})"
     if wrong:
         say(f"warning: the command of --notify {wrong}; the run is what was said of it", "stderr")
+
+
+def _plain(message: str, *, windows: bool = os.name == "nt") -> str:
+    """It may quote what a stranger wrote: one line; and none of the characters by which Windows' shell would run more,
+    which reads a line again once the variables are in it."""
+    line = shorten(message, 4000)
+    return re.sub(r'[&|<>^%!"]', "?", line) if windows else line
 
 
 def _wait(process: subprocess.Popen[bytes], came: list[int]) -> str:
