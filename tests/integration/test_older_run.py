@@ -83,8 +83,8 @@ def test_a_resume_imports_nothing_in_the_middle_of_a_step(older: Path) -> None:
 def test_nothing_of_a_run_is_left_when_it_has_ended(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its card's memory is free for another one at once, not with the next collection of garbage."""
     networks: list[weakref.ref[nn.Module]] = []
-    make = execute.make_network
-    monkeypatch.setattr(execute, "make_network", lambda *given, **named: _remembered(make(*given, **named), networks))
+    make = execute.network_of
+    monkeypatch.setattr(execute, "network_of", lambda *given, **named: _remembered(make(*given, **named), networks))
     gc.collect()
     gc.disable()
     try:
