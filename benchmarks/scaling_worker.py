@@ -86,12 +86,12 @@ def lowmem_steps(group: Group, job: dict[str, Any], data: Dataset) -> dict[str, 
     waiting = None if t.step.joint is None else Waiting(t.step.joint, "finish", "agree")
 
     def step(number: int) -> None:
-        images, labels, size = t.next_batch(0, number)
+        images, labels, size, _ = t.next_batch(0, number)
         undo.attempt(lambda: t.step(images, labels, 0.1, None, size))
 
     figures = timed(job["steps"], step, waiting)
     state = [slots["momentum_buffer"] for slots in t.optimizer.state.values()]
-    meter, (images, labels, size) = TensorMeter(), t.next_batch(0, 0)
+    meter, (images, labels, size, _) = TensorMeter(), t.next_batch(0, 0)
     meter.adopt((*t.model.parameters(), *t.model.buffers(), *state, *undo.copies, images, labels))
     with meter:
         t.step(images, labels, 0.1, None, size)

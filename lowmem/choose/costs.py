@@ -105,8 +105,8 @@ def measure_costs(
     with OutlineMode():
         recorder = Recorder(workspace)
         model = empty_copy(shape.model, execution.torch_memory_format)
-        x = torch.empty(shape.micro_batch, *shape.image_shape, dtype=shape.dtype).contiguous(
-            memory_format=execution.torch_memory_format
+        x = torch.empty(
+            (shape.micro_batch, *shape.image_shape), dtype=shape.dtype, memory_format=execution.torch_memory_format
         )
         chain = traced_chain(model, shape.stages)
         stages = chain.stages

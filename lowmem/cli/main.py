@@ -186,7 +186,7 @@ def evaluate(
     out: Path | None,
     json: bool,
 ) -> None:
-    """Loss, error and classes of a run's network on its test pictures, or on others: the figures of its metrics.csv.
+    """Loss, error and classes of runs on their test pictures, or on others: the figures of metrics.csv.
 
     Beside the tables evaluation.json, predictions.csv, confusion.png and worst.png are written to RUN/evaluate."""
     from lowmem.cli.show_inference import show_evaluation

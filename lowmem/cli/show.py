@@ -164,7 +164,8 @@ def show_export(run: Path, form: str, out: Path, weights: str, raw_uint8: bool, 
     print(printable(f"written: {done.file}, {format_size(done.size_bytes)}"))
     if done.takes:
         print(f"it takes {done.takes}")
-        print(printable(f"compared: logits differ by {done.difference:.2g} at the most in {done.checked}"))
+        figures = f"{done.difference:.2g} at the most, where {done.most:.2g} may be"
+        print(printable(f"compared: logits differ by {figures}, in {done.checked}"))
 
 
 def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate: bool = False) -> None:

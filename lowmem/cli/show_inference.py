@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,8 @@ def show_evaluation(
     lines = [*_summary(found, columns), ""]
     if len({one.classes for one in found}) == 1:
         lines += [*_by_class(found, columns), ""]
+    else:
+        lines += ["the runs tell apart different classes: each one's are in its evaluation.json", ""]
     lines += [printable(f"{one.run.path}: {_difference(one)}") for one in found if one.as_recorded is False]
     lines += [
         printable(f"written: {folder}/: evaluation.json, predictions.csv, confusion.png, worst.png")
@@ -169,32 +172,24 @@ def _rows_as(form: str, classes: Sequence[str], top: int) -> Callable[[str, list
     ranks, rows = range(2, min(top, len(classes)) + 1), csv.writer(sys.stdout, lineterminator="\n")
     width, columns = min(max(map(len, classes)), _LONGEST_CLASS), room()
 
-    def print_json(picture: str, likely: list[tuple[str, float]]) -> None:
-        named = [{"class": name, "probability": _rounded(share)} for name, share in likely]
-        print(json.dumps({"picture": _text(picture), **named[0], "top": named}))
-
-    def print_csv(picture: str, likely: list[tuple[str, float]]) -> None:
-        rows.writerow([_text(picture), *(cell for name, share in likely for cell in (name, _rounded(share)))])
-
-    def print_cells(picture: str, likely: list[tuple[str, float]]) -> None:
-        line(picture, [(name, f"{100 * share:.1f} %") for name, share in likely])
-
     def line(picture: str, pairs: list[tuple[str, str]]) -> None:
         cells = (f"{shorten(name, width):<{width}}  {share:>7}" for name, share in pairs)
         print("\n".join(fold(["  ".join((*cells, printable(picture)))], columns)))
+
+    def row(picture: str, likely: list[tuple[str, float]]) -> None:
+        path = os.fsencode(picture).decode("utf-8", "backslashreplace")
+        pairs = [(name, float(f"{share:.7g}")) for name, share in likely]  # the digits that a float32 has
+        if form == "table":
+            line(picture, [(name, f"{100 * share:.1f} %") for name, share in pairs])
+        elif form == "csv":
+            rows.writerow([path, *chain.from_iterable(pairs)])
+        else:
+            named = [{"class": name, "probability": share} for name, share in pairs]
+            print(json.dumps({"picture": path, **named[0], "top": named}))
 
     if form == "csv":
         more = [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
         rows.writerow(["picture", "class", "probability", *more])
     elif form == "table":
         line("picture", [("class", ""), *(("or", "") for _ in ranks)])
-    return {"jsonl": print_json, "csv": print_csv, "table": print_cells}[form]
-
-
-def _rounded(share: float) -> float:
-    """To the digits that a float32 has."""
-    return float(f"{share:.7g}")
-
-
-def _text(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return row

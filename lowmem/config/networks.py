@@ -36,11 +36,11 @@ ARCHITECTURES: tuple[str, ...] = tuple(f"{kind}{depth}" for kind in ("res", "cnn
 LIBRARIES = ("torchvision", "timm")
 PRETRAINED = "torchvision"  # the weights to begin with are the library's
 FORMS = "torchvision:NAME, timm:NAME or FILE.py:NAME"
-# What decides outputs and weights: these follow the data, and nothing is downloaded.
+# What decides outputs and weights: these follow the data, and what train.init says.
 _TAKEN = {
     "num_classes": "follows the data",
-    **dict.fromkeys(("weights", "pretrained", "checkpoint_path"), "would load weights, and a run begins with new ones"),
-    **dict.fromkeys(("weights_backbone", "pretrained_backbone"), "would load weights, and a run begins with new ones"),
+    **dict.fromkeys(("weights", "pretrained", "checkpoint_path"), "would load weights, which --init does"),
+    **dict.fromkeys(("weights_backbone", "pretrained_backbone"), "would load weights, which --init does"),
 }
 _FILE_LIMIT_BYTES = 16 << 20
 

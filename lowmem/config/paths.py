@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowmem.config.schema import Config, flatten
 from lowmem.config.settings import Settings
-from lowmem.config.sources import OWN, path_in
+from lowmem.config.sources import CSV, OWN, path_in
 
 # Settings that may be paths, and what tells.
 _PATHS: tuple[tuple[str, str, str | tuple[str, ...]], ...] = (
@@ -73,4 +73,5 @@ def where_else(config: Config, *, flags: bool) -> str:
     flag = ("--data " if begins else "--data-root ") if flags else f"--set {key}="
     folder = folder_of(text)
     meant = "" if str(folder) == path_in(text) else f", which from here is {folder}"
-    return f"; {key} is {text}{meant}: if the pictures are elsewhere, add `{flag}{begins}PATH`"
+    new = "FILE" if begins == CSV else "PATH"
+    return f"; {key} is {text}{meant}: if the pictures are elsewhere, add `{flag}{begins}{new}`"

@@ -62,7 +62,12 @@ class Normalizer:
             images = images.contiguous()
         out = images.to(torch.float32, copy=True).sub_(self._shift).mul_(self._scale)
         # Converting last is 2.5 times faster on a CPU than widening into a channels-last tensor.
-        return out.contiguous(memory_format=memory_format)
+        out = out.contiguous(memory_format=memory_format)
+        if out.shape[1] > 1:
+            return out
+        # Of one channel both formats are the same bytes, and only the strides tell kernels which is meant.
+        meant = torch.empty(out.shape, device="meta", memory_format=memory_format)
+        return out.as_strided(out.shape, meant.stride())
 
     @property
     def constants(self) -> tuple[Tensor, Tensor]:

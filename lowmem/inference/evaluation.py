@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem.choose.execution import card_obstacle
 from lowmem.config.paths import where_else
 from lowmem.config.schema import Config
 from lowmem.core.errors import DataError, UsageError
@@ -34,22 +33,13 @@ _NAMED = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
-    """Pictures one by one, [N] each: their class and the one that was predicted, int64; its probability and the loss
-    (nats), float32; whether the class is among the `TOP` most probable, bool."""
-
-    labels: NDArray[np.int64]
-    predictions: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-    losses: NDArray[np.float32]
-    in_top: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
 class Evaluation:
     """A run's network on pictures. `weights`, `info`: the file, and what it says of itself; `tests`: the pictures, with
     the labels that the network has for their classes; `batch`: how many at a time; `row`: of metrics.csv, where that is
-    of the same weights and pictures."""
+    of the same weights and pictures.
+
+    Of the pictures one by one, [N] each: the `labels` and the `predictions`, int64; the probability of the latter and
+    the loss (nats), float32; whether the label is among the `TOP` most probable, bool."""
 
     run: RunView
     weights: Path
@@ -58,8 +48,12 @@ class Evaluation:
     execution: Execution
     batch: int
     score: Score
-    judged: Judged
     row: EpochRow | None
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    losses: NDArray[np.float32]
+    in_top: NDArray[np.bool_]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -70,7 +64,7 @@ class Evaluation:
         """None where there are too few classes for it to say much."""
         if len(self.classes) <= 2 * TOP:
             return None
-        return 100.0 * int((~self.judged.in_top).sum()) / self.score.count
+        return 100.0 * int((~self.in_top).sum()) / self.score.count
 
     @property
     def as_recorded(self) -> bool | None:
@@ -81,10 +75,9 @@ class Evaluation:
 
     def by_class(self) -> list[dict[str, Any]]:
         """Of each class its `name`, `count` of pictures, `precision` and `recall` in [0, 1]; None of no picture."""
-        labels, predictions = self.judged.labels, self.judged.predictions
         right, count, taken = (
             np.bincount(one, minlength=len(self.classes)).tolist()
-            for one in (labels[labels == predictions], labels, predictions)
+            for one in (self.labels[self.labels == self.predictions], self.labels, self.predictions)
         )
         return [
             {
@@ -128,7 +121,7 @@ def evaluate_runs(
     for path in paths:
         config, run = recorded_settings(path).replace(changes, "evaluate").config, RunView(path)
         tell.phase(f"loading {path.name}")
-        network = load_run(path, weights, _device_of(config, changes, tell))
+        network = load_run(path, weights, config.train.device)
         key = f"{config.seed} {config.data}"
         if key not in read:
             read[key] = _read_pictures(config, own, tell)
@@ -143,30 +136,20 @@ def _evaluate(
     network: LoadedRun, run: RunView, config: Config, tests: TestSet, own: bool, tell: Observer
 ) -> Evaluation:
     execution, parts = prepare_execution(network), evaluation_parts(run, config, len(tests.pictures))
-    scores, judged = [], []
+    scores, columns, sizes = [], [], []
     for first, past, batch in parts:
         part, what = tests.pictures.part(first, past), f"evaluating {run.path.name}"
         if past > first:
-            score, seen = within_memory(partial(_score, network, execution, part, tell, what), batch, tell)
+            score, seen, size = within_memory(partial(_score, network, execution, part, tell, what), batch, tell)
             scores.append(astuple(score))
-            judged.append(vars(seen).values())
+            columns.append(seen)
+            sizes.append(size)
     total = Score(*map(sum, zip(*scores, strict=True)))
-    every = Judged(*map(np.concatenate, zip(*judged, strict=True)))
+    every: Any = map(np.concatenate, zip(*columns, strict=True))
     info, row = network.info, None
     if own and network.weights.parent == run.path / "weights":
         row = next((row for row in run.epochs if (row.epoch, row.step) == (info.epoch, info.step)), None)
-    return Evaluation(run, network.weights, info, tests, execution, parts[0][2], total, every, row)
-
-
-def _device_of(config: Config, changes: Mapping[str, object], tell: Observer) -> str:
-    """That of the run, whose figures are to come out, unless another is given, or it is not here."""
-    device = config.train.device
-    if "train.device" not in changes and device == "cuda":
-        if torch.cuda.is_available() and card_obstacle() is None:
-            return device
-        tell.warning("the run was trained on a card that is not here: on the CPU the last digits are others")
-        return "cpu"
-    return device
+    return Evaluation(run, network.weights, info, tests, execution, max(sizes), total, row, *every)
 
 
 def _read_pictures(config: Config, own: bool, tell: Observer) -> tuple[TestSet, str | None]:
@@ -203,7 +186,8 @@ def _in_order(found: TestSet, network: LoadedRun, path: Path) -> TestSet:
 
 def _score(
     network: LoadedRun, execution: Execution, pictures: AnyPictures, tell: Observer, what: str, size: int
-) -> tuple[Score, Judged]:
+) -> tuple[Score, list[NDArray[Any]], int]:
+    """And of each picture what an `Evaluation` has last; and the size."""
     columns: list[list[Tensor]] = []
 
     def look(logits: Tensor, labels: Tensor) -> None:
@@ -223,4 +207,4 @@ def _score(
     batches = eval_batches(pictures, size, info.mean, info.std, network.device, execution.torch_memory_format)
     score = evaluate(network.model, batches, execution, going_on, look)
     assert score is not None
-    return score, Judged(*(torch.cat(one).numpy() for one in zip(*columns, strict=True)))
+    return score, [torch.cat(one).numpy() for one in zip(*columns, strict=True)], size

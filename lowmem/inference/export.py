@@ -51,13 +51,15 @@ Compute = Callable[[Tensor], Tensor]  # pictures -> logits [N, classes]
 @dataclass(frozen=True)
 class Exported:
     """A file that is there. `takes`: what its graph takes, in words; `checked`: by what and on which pictures;
-    `difference`: the largest one of a logit. Weights alone are a copy, with nothing to take or check."""
+    `difference`: the largest one of a logit, and `most`, what it may be. Weights alone are a copy, with nothing to take
+    or check."""
 
     file: Path
     size_bytes: int
     takes: str
     checked: str
     difference: float
+    most: float
 
 
 def export(
@@ -76,7 +78,7 @@ def export(
     if form == "safetensors":  # the file says all of it already
         with disk_errors(out):
             write_bytes_atomic(out, data := loaded.weights.read_bytes())
-        return Exported(out, len(data), "", "", 0.0)
+        return Exported(out, len(data), "", "", 0.0, 0.0)
     images, words = _pictures(loaded, phase)
     network: nn.Module = _OfBytes(loaded.model, loaded.normalize) if raw_uint8 else loaded.model
     images = images if raw_uint8 else loaded.normalize(images)
@@ -100,7 +102,7 @@ def export(
         )
     with disk_errors(out):
         write_bytes_atomic(out, data)
-    return Exported(out, len(data), takes, f"{program}, on {words}", difference)
+    return Exported(out, len(data), takes, f"{program}, on {words}", difference, most)
 
 
 def _refuse(run: Path, form: str, out: Path, *, raw_uint8: bool, force: bool) -> None:
@@ -172,7 +174,8 @@ class _OfBytes(nn.Module):
 def _describe(loaded: LoadedRun, images: Tensor, raw_uint8: bool) -> tuple[str, str]:
     """What the graph takes, in words; and the metadata, the JSON that the weights' file has, with that."""
     kind, as_what = ("uint8", "as they are") if raw_uint8 else ("float32", "(x / 255 - mean) / std by channel")
-    takes = f"{INPUT}: {kind} [N, {', '.join(map(str, images.shape[1:]))}], RGB, {as_what}"
+    colours = "RGB" if images.shape[1] > 1 else "grey"
+    takes = f"{INPUT}: {kind} [N, {', '.join(map(str, images.shape[1:]))}], {colours}, {as_what}"
     told = {
         **loaded.info.model_dump(exclude_none=True),
         "prepared": loaded.how_prepared,

@@ -66,7 +66,7 @@ def draw_confusion(evaluation: Evaluation) -> bytes:
 def confusion(evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Shares of each class's pictures (row) that were taken for each (column), those rightly and those wrongly, [C, C]
     each; of many classes neighbours together."""
-    labels, predictions = evaluation.judged.labels, evaluation.judged.predictions
+    labels, predictions = evaluation.labels, evaluation.predictions
     together = -(-len(evaluation.classes) // _MOST_CELLS)
     side = -(-len(evaluation.classes) // together)
     cells = labels // together * side + predictions // together
@@ -80,7 +80,7 @@ def confusion(evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.f
 
 def _most_confused(evaluation: Evaluation) -> list[str]:
     """`cat taken for dog: 12 %`, of the class's pictures; those with the most pictures first."""
-    labels, predictions, classes = evaluation.judged.labels, evaluation.judged.predictions, evaluation.classes
+    labels, predictions, classes = evaluation.labels, evaluation.predictions, evaluation.classes
     of_class = np.bincount(labels, minlength=len(classes))
     pairs, counts = np.unique(np.stack([labels, predictions])[:, labels != predictions], axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_PAIRS_NAMED]
@@ -94,8 +94,8 @@ def _most_confused(evaluation: Evaluation) -> list[str]:
 def draw_worst(evaluation: Evaluation) -> bytes:
     """A PNG of the pictures with the greatest losses, as the network sees them: what they are, what they were taken for
     and how surely, the loss in nats, and the file or the index."""
-    judged, classes, tests = evaluation.judged, evaluation.classes, evaluation.tests
-    worst = np.argsort(-np.nan_to_num(judged.losses, nan=np.inf), kind="stable")[:_WORST]
+    classes, tests = evaluation.classes, evaluation.tests
+    worst = np.argsort(-np.nan_to_num(evaluation.losses, nan=np.inf), kind="stable")[:_WORST]
     width, height = style.WIDTH_INCHES, _HEAD_INCHES + -(-len(worst) // _COLUMNS) * (_CELL_INCHES + _WORDS_INCHES)
     figure, side = new_figure(height), (width - _COLUMNS * _CELL_INCHES) / (_COLUMNS + 1)
 
@@ -118,8 +118,8 @@ def draw_worst(evaluation: Evaluation) -> bytes:
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=smooth)  # the scale is of one channel
         axes.set_axis_off()
         name = Path(tests.files[number]).name if tests.files else f"picture {number}"
-        taken = f"{100 * judged.probabilities[number]:.0f} % {classes[judged.predictions[number]]}"
-        lines = (classes[judged.labels[number]], taken, f"{judged.losses[number]:.2f}  {name}")
+        taken = f"{100 * evaluation.probabilities[number]:.0f} % {classes[evaluation.predictions[number]]}"
+        lines = (classes[evaluation.labels[number]], taken, f"{evaluation.losses[number]:.2f}  {name}")
         for line, (words, colour) in enumerate(zip(lines, (ink(_RIGHT), ink(_WRONG), style.NEUTRAL), strict=True)):
             write(left, foot + 0.05 + 0.17 * line, words, _CELL_INCHES + side, colour, style.LEAST_SIZE)
     return to_bytes(figure)

@@ -138,8 +138,10 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
 def _read(file: Path) -> tuple[dict[str, tuple[int, ...]], WeightsInfo]:
     try:
         shapes, info = read_weights(file)
-        if min(info.std or (1,)) <= 0 or (info.image_size or 0) > MOST_IMAGE_SIZE:
-            raise Unreadable(f"says that pictures of side {info.image_size} have the deviation {info.std}")
+        odd = min(info.std or (1,)) <= 0 or len(info.std or ()) != len(info.mean or ())
+        if odd or (info.image_size or 0) > MOST_IMAGE_SIZE:
+            said = f"pictures of side {info.image_size} have mean {info.mean} and deviation {info.std}"
+            raise Unreadable(f"says that {said}")
         return shapes, info
     except FileNotFoundError:
         raise UsageError(

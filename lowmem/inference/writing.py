@@ -42,12 +42,14 @@ def write_evaluation(evaluation: Evaluation, out: Path, phase: Phase = untold) -
 def _rows(evaluation: Evaluation) -> str:
     """CSV with `COLUMNS`: the picture's path, or where it is no file its index from 0; classes by name; float32 in its
     shortest form that is the same number."""
-    judged, classes, files = evaluation.judged, evaluation.classes, evaluation.tests.files
+    classes, files = evaluation.classes, evaluation.tests.files
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
-    for number, label in enumerate(judged.labels.tolist()):
+    for number, label in enumerate(evaluation.labels.tolist()):
         name = files[number] if files else number
-        figures = (np.format_float_positional(one[number], trim="0") for one in (judged.probabilities, judged.losses))
-        rows.writerow((name, classes[label], classes[judged.predictions[number]], *figures))
+        figures = (
+            np.format_float_positional(one[number], trim="0") for one in (evaluation.probabilities, evaluation.losses)
+        )
+        rows.writerow((name, classes[label], classes[evaluation.predictions[number]], *figures))
     return text.getvalue()

@@ -27,8 +27,9 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     ones, and where nothing is left to train."""
     if not patterns:
         return
+    named = list(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
-        found = [one for name, one in model.named_parameters() if any(fnmatchcase(n, pattern) for n in _names(name))]
+        found = [one for name, one in named if any(fnmatchcase(each, pattern) for each in _names(name))]
         if not found:
             raise _unknown(model, pattern)
         for parameter in found:
@@ -66,7 +67,9 @@ def _names(name: str) -> list[str]:
 
 
 def _unknown(model: nn.Module, pattern: str) -> UsageError:
-    known = list(dict.fromkeys(one for name, _ in model.named_parameters() for one in _names(name)))
+    known = list(
+        dict.fromkeys(one for name, _ in model.named_parameters(remove_duplicate=False) for one in _names(name))
+    )
     near = difflib.get_close_matches(pattern.rstrip("*."), known, n=3, cutoff=0.5)
     top = list(dict.fromkeys(name.partition(".")[0] for name in known))
     has = f"did you mean {' or '.join(near)}?" if near else f"it has {shorten(', '.join(top), 200)}"

@@ -1,5 +1,5 @@
 """Where a network that is not of the family comes from: torchvision's registry, timm's, or a Python file, which is run.
-Nothing is downloaded: weights begin new.
+Nothing is downloaded: weights begin new (others: `lowmem.models.weights`).
 
 A file is run with its folder first on the path, as `python FILE` would have it, and only while it is run and its
 network made: what it imports later, in `forward`, is not found beside it, and not in the hash that a run records.

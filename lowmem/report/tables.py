@@ -16,7 +16,7 @@ from typing import Any
 
 from lowmem.config.schema import Config
 from lowmem.config.sources import CSV, path_in
-from lowmem.core.reading import escape_markdown
+from lowmem.core.reading import escape_markdown, shorten
 from lowmem.core.units import counted, format_duration, format_size
 from lowmem.report.naming import NamedRun
 from lowmem.runs.view import RunView
@@ -194,6 +194,8 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
         (data.test_subset is not None, "data", f"tested on {_pictures(data.test_subset)} instead of 10,000"),
         (data.val_split, "data", f"{counted(data.val_split, 'training picture')} held back"),
         (not data.augment, "augmentation", f"no augmentation instead of crop and flip{ASSUMED}"),
+        (train.init is not None, "weights", "begun with weights that were trained before"),
+        (train.freeze, "weights", f"not trained: {shorten(', '.join(train.freeze), 100)}"),
         (optim.kind != "sgd", "optimizer", "AdamW instead of SGD"),
         (not optim.decay_norms, "weight decay", "no weight decay of norms and biases"),
         (optim.clip_norm is not None, "clipping", f"gradients clipped to a norm of {optim.clip_norm or 0:g}"),

@@ -157,8 +157,8 @@ def _built(shape: StepShape, way: Callable[[nn.Module], nn.Module], optimizer: M
         clip_norm=clip_norm,
         label_smoothing=smoothing,
     )
-    images = torch.empty(shape.batch, *shape.image_shape, dtype=shape.dtype).contiguous(
-        memory_format=execution.torch_memory_format
+    images = torch.empty(
+        (shape.batch, *shape.image_shape), dtype=shape.dtype, memory_format=execution.torch_memory_format
     )
     labels = torch.zeros((shape.batch, 2) if shape.mixup else shape.batch, dtype=torch.int64)
     undo = Undo(step, run) if isinstance(run, PlannedModule) else None

@@ -263,9 +263,11 @@ def disk_bytes(config: Config, model: nn.Module, steps_per_epoch: int, checkpoin
 
 
 def measured_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All trainable convolution and linear weights by name, in the order of the forward pass."""
+    """All trainable convolution and linear weights by name, in the order of the forward pass; without any, all that is
+    trained."""
     layers = [(name, one) for name, one in model.named_modules() if isinstance(one, (nn.Conv2d, nn.Linear))]
-    return {f"{name}.weight": one.weight for name, one in layers if one.weight.requires_grad}
+    found: dict[str, Tensor] = {f"{name}.weight": one.weight for name, one in layers if one.weight.requires_grad}
+    return found or {name: one for name, one in model.named_parameters() if one.requires_grad}
 
 
 class GradientNorms:
@@ -291,9 +293,6 @@ class GradientNorms:
     @torch.no_grad()
     def measure(self) -> None:
         """Called between backward and update; allocates, and waits for nothing."""
-        if not self._weights:
-            self._latest = torch.empty(0)
-            return
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._weights]
         norms = torch.stack(torch._foreach_norm(gradients))
         if self._step.scaler.is_enabled():

@@ -45,6 +45,8 @@ from lowmem.step.train_step import (
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
 
+REFROZEN = "refrozen"  # of a checkpoint's state: other parameters were trained before
+
 
 class Replica:
     """Network, optimizer, step, batches, plan and state of a run in this process: all of the group's are alike."""
@@ -247,16 +249,16 @@ def _slots(model: nn.Module, step: TrainStep) -> dict[str, Tensor]:
 
 
 def _restore_slots(checkpoint: Checkpoint, model: nn.Module, step: TrainStep) -> None:
-    """In place. A slot that the checkpoint has of no parameter begins anew, and so do those of one that was frozen
-    there; what is not kept any more is left out: a fork may change the optimizer, and what is frozen. Raises
-    CorruptCheckpoint."""
+    """In place. A slot that the checkpoint has of no parameter begins anew, and what is not kept any more is left out:
+    a fork may change the optimizer; where it says (REFROZEN) that it changes what is frozen, those of a parameter that
+    was frozen begin anew too. Raises CorruptCheckpoint."""
     kept, saved = _slots(model, step), checkpoint.optimizer
     kinds, theirs = ({key.partition("/")[0] for key in slots} for slots in (kept, saved))
     frozen = {name for name, one in model.named_parameters(remove_duplicate=False) if not one.requires_grad}
-    trained = {key.partition("/")[2] for key in saved}
+    trained, refrozen = {key.partition("/")[2] for key in saved}, bool(checkpoint.state.get(REFROZEN))
     for key in sorted(kept.keys() ^ saved.keys()):
         slot, _, name = key.partition("/")
-        changed = name in frozen if key in saved else name not in trained
+        changed = refrozen and (name in frozen if key in saved else name not in trained)
         if (slot in kinds & theirs and not changed) or slot not in SLOTS:
             here = f"the network has {counted(len(dict(model.named_parameters())), 'parameter')}"
             raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} is on one side only: {here}")

@@ -24,6 +24,7 @@ from lowmem.models import make_network
 from lowmem.models.freezing import freeze
 from lowmem.models.resnet import Bottleneck
 from lowmem.plan.evaluate import evaluate
+from lowmem.plan.hosting import HostTerms, LinkRates
 from lowmem.plan.policy import SAVE_ALL, Schedule, Segment
 from lowmem.plan.policy import uniform as of_policies
 from lowmem.remat import PlannedModule, apply_plan, decompose
@@ -161,6 +162,21 @@ def test_predicted_is_counted(name: str) -> None:
         assert believed == pytest.approx(choice.simulated.estimate.peak_tensor_bytes, rel=0.01)
         plain, planned = twins(model, choice.plan.schedule, torch.contiguous_format)
         assert differences(plain, planned, _seeded(training(*pictures(batch))), steps=1) == []
+
+
+def test_with_host_memory() -> None:
+    """Tensors of the trained stages wait there; bytes and bits stay."""
+    config, patterns = NETWORKS["family"]
+    model, terms = make_network(config, seed=0, freeze=patterns), HostTerms(LinkRates(12e9, 12e9), 1 << 30)
+    roomy = choose(Request(model=model, batch=16, budget=Budget(total_bytes=1 << 40), rates=RATES))
+    budget = (roomy.solver.least().peak_bytes + roomy.simulated.estimate.peak_allocated_bytes) // 2
+    request = Request(model=model, batch=16, budget=Budget(total_bytes=budget), rates=RATES, host=terms)
+    choice = choose(request)
+    assert choice.plan.schedule.hosts
+    assert min(item.start for item in choice.plan.schedule.items if item.host) >= choice.chain.unreached
+    assert choice.simulated.estimate.peak_tensor_bytes == _counted(model, choice.plan.schedule, 16)
+    plain, planned = twins(model, choice.plan.schedule, torch.contiguous_format)
+    assert differences(plain, planned, training(*pictures(16))) == []
 
 
 def test_the_stages_before_the_first_that_is_trained_keep_nothing() -> None:

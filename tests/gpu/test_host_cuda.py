@@ -21,7 +21,7 @@ from lowmem.measure import read_driver
 from lowmem.measure.cuda import device_uuid
 from lowmem.models import skeleton
 from lowmem.plan.hosting import HostTerms
-from lowmem.plan.policy import Schedule
+from lowmem.plan.policy import GRADS, Host, Schedule
 from lowmem.plan.timeline import LinkRates
 from lowmem.remat import PlannedModule, apply_plan
 from lowmem.remat.host import Traffic
@@ -81,13 +81,18 @@ def _given() -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, *SHAPE, generator=generator), torch.randint(0, 10, (BATCH,), generator=generator)
 
 
-@pytest.fixture(scope="module")
-def schedule() -> Schedule:
+@pytest.fixture(scope="module", params=[False, True], ids=["activations", "gradients too"])
+def schedule(request: pytest.FixtureRequest) -> Schedule:
     """Under which much waits on the host."""
     plan = make_plan(_net(), batch=BATCH, budget="130M", image_shape=SHAPE, momentum=False, host=TERMS)
     assert (plan.predicted.host_bytes or 0) >= 32 * MIB
     assert plan.accumulation == 1
-    return plan.schedule
+    items = plan.schedule.items
+    if request.param:
+        gone = [Host(frozenset({GRADS}), before.end, -1) for before in items[:-1]]
+        later = (replace(item, host=(*item.host, one)) for item, one in zip(items[1:], gone, strict=True))
+        items = (items[0], *later)
+    return Schedule(items)
 
 
 @pytest.fixture(params=[True, False], ids=["pinned", "pageable"])

@@ -16,6 +16,7 @@ from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, Infeasible, UsageError
 from lowmem.core.units import KIB, MIB
 from lowmem.lifecycle import execute, fork_run, recorded_settings, resume_training, run_training
+from lowmem.plan.policy import GRADS
 from lowmem.plan.record import Plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.store import RunFolder
@@ -103,6 +104,17 @@ def test_resume_replays_the_plan_and_another_budget_is_a_logged_event(
     assert _plan(replanned)["budget_bytes"] == 6500 * KIB
     assert events(replanned, "replan")
     assert_same_run(replanned, unplanned)
+
+
+def test_gradients_wait_where_nothing_fits_without_and_the_run_has_the_same_bits(tmp_path: Path) -> None:
+    wide = ("model.width=16", "train.batch=20", "memory.allow_accumulation=false", "data.train_subset=40")
+    unplanned, there = tmp_path / "unplanned", tmp_path / "there"
+    run_training(_settings(*wide), unplanned)
+    with pytest.raises(Infeasible):
+        run_training(_settings(*wide, "memory.tensors=15M"), there)
+    run_training(_settings(*wide, "memory.tensors=15M", "memory.host=64M", "memory.link=12"), there)
+    assert GRADS in (there / "plan.json").read_text()
+    assert_same_run(there, unplanned)
 
 
 def test_host_memory_is_replayed_and_where_less_is_free_planned_again(

@@ -142,7 +142,7 @@ def test_batches_are_the_first_channel_of_those_of_three(
     assert len(pairs) == 6
     for grey, colour in pairs:
         assert grey.shape[1:] == (1, size, size)
-        assert grey.is_contiguous(memory_format=layout)
+        assert grey.stride() == torch.empty(grey.shape, memory_format=layout).stride()  # kernels choose by them
         assert torch.equal(grey, colour[:, :1])
 
 

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from lowmem.cli.main import _run
+from lowmem.config.settings import gather
 from lowmem.data import load
 from lowmem.inference.execution import evaluation_parts
 from lowmem.lifecycle import run_training
 from lowmem.runs.view import read_run
-from tests.tiny import Heard, copy_run, tiny
+from tests.tiny import Heard, copy_run, sets, tiny
 
 ALL = {"evaluation.json", "predictions.csv", "confusion.png", "worst.png"}
 DATA = ("data.train_subset=100", "data.test_subset=50")
@@ -92,6 +93,39 @@ def test_a_plan_evaluates_its_micro_batches(tmp_path: Path) -> None:
     other = recorded | {"batch": 12, "micro_batch": 6, "accumulation": 2, "shares": [20, 12], "ladder": []}
     (own.path / "plan-1.json").write_text(json.dumps(other))
     assert evaluation_parts(own, own.config, 48) == [(0, 30, 7), (30, 48, 6)]
+
+
+NARROW = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.append(nn.Linear(4, num_classes))
+
+    def forward(self, x):
+        if not self.training and len(x) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+        return super().forward(x)
+"""
+
+
+def test_memory_that_runs_out_takes_fewer_pictures_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in training, and with its figures."""
+    (tmp_path / "narrow.py").write_text(NARROW)
+    own = [text for text in sets(*DATA, "train.epochs=1") if not text.startswith(("model.arch", "model.width"))]
+    run_training(gather(sets=[*own, f"model.spec={tmp_path / 'narrow.py'}:Net"]), tmp_path / "run", Heard())
+    (found,) = evaluated(tmp_path / "run")
+    assert "evaluating 5 pictures at a time from here on" in capsys.readouterr().err
+    assert (found["batch"], found["as_in_metrics_csv"]) == (5, True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    assert _run(["predict", str(tmp_path / "run"), *[str(tmp_path / "a.png")] * 21, "--format", "csv"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 22
+    assert captured.err.count("pictures at a time") == 2  # 20, 10, 5; the second batch begins with 5
 
 
 def test_other_pictures_of_the_same_classes(run: Path, tmp_path: Path) -> None:

@@ -145,6 +145,13 @@ def test_a_network_of_a_file(own: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert told["prepared"].endswith("resized to 73x73 (bicubic), of that the middle 64x64")
 
 
+def test_a_network_of_grey_pictures(tmp_path: Path) -> None:
+    run_training(tiny("train.epochs=1", "data.channels=1"), tmp_path / "run", Heard())
+    pictures = torch.randint(0, 256, (10, 1, 32, 32), dtype=torch.uint8)
+    told = _is_the_network(tmp_path / "run", "torchscript", tmp_path, pictures)
+    assert told["takes"] == "images: float32 [N, 1, 32, 32], grey, (x / 255 - mean) / std by channel"
+
+
 def test_the_same_network_is_the_same_file(run: Path, tmp_path: Path) -> None:
     _needs_onnx("onnx")
     for name in ("a", "b"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowmem.data import Pictures, TestSet
-from lowmem.inference.evaluation import Evaluation, Judged
+from lowmem.inference.evaluation import Evaluation
 from lowmem.inference.figures import confusion, draw_confusion, draw_worst
 from lowmem.runs.view import RunView
 from lowmem.runs.weights import WeightsInfo
@@ -27,14 +27,15 @@ def evaluation(classes: tuple[str, ...], *, each: int = 4, files: bool = True) -
     labels = np.repeat(np.arange(len(classes)), each)
     predictions = np.where((np.arange(count) % each == each - 1) & (labels > 0), labels - 1, labels)
     ones = np.full(count, 0.5, np.float32)
-    judged = Judged(labels, predictions, ones, np.arange(count, dtype=np.float32), labels >= 0)
+    losses = np.arange(count, dtype=np.float32)
     images = torch.arange(count).remainder(256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     paths = tuple(f"/pictures/{LONG} {number}.jpg" for number in range(count)) if files else ()
     tests = TestSet("folder:" + LONG, classes, Pictures(images, torch.from_numpy(labels)), paths)
-    score = Score(float(judged.losses.sum()), float((labels != predictions).sum()), count)
+    score = Score(float(losses.sum()), float((labels != predictions).sum()), count)
     fp32 = Execution("cpu", "fp32", "contiguous")
     run = RunView(Path("a run with a long name, which somebody wrote by hand"))
-    return Evaluation(run, Path("best"), WeightsInfo(), tests, fp32, 1, score, judged, None)
+    judged = labels, predictions, ones, losses, labels >= 0
+    return Evaluation(run, Path("best"), WeightsInfo(), tests, fp32, 1, score, None, *judged)
 
 
 @pytest.mark.parametrize("count", [2, 28, 1000])
@@ -74,6 +75,6 @@ def test_fewer_pictures_than_there_is_room_for() -> None:
 
 def test_a_loss_that_is_no_number_is_the_worst() -> None:
     known = evaluation(("cat", "dog"), each=10)
-    known.judged.losses[3] = np.nan
+    known.losses[3] = np.nan
     image = pixels(draw_worst(known))
     assert np.round(255 * image[280, 160]).astype(int).tolist() == [3, 3, 3]

@@ -161,6 +161,7 @@ def _refusals(run: Path, own: Path, folder: Path) -> list[tuple[type[LowmemError
     odd["none"] = info.model_copy(update={"arch": None}).to_metadata()
     odd["wider"] = info.model_copy(update={"width": 4096}).to_metadata()
     odd["constant"] = info.model_copy(update={"std": (0.2, 0.2, 0.0)}).to_metadata()
+    odd["grey"] = info.model_copy(update={"mean": (0.5,)}).to_metadata()
     odd["large"] = info.model_copy(update={"image_size": 1 << 40}).to_metadata()
     for name, metadata in odd.items():
         save_file(tensors, folder / name, metadata)
@@ -170,7 +171,8 @@ def _refusals(run: Path, own: Path, folder: Path) -> list[tuple[type[LowmemError
         (CorruptCheckpoint, r"says of itself what cannot be", (folder / "unknown",)),
         (PreflightError, r"does not say what network it is of", (folder / "none",)),
         (CorruptCheckpoint, r"is another network's than res20 \(basic, width 4096\)", (folder / "wider",)),
-        (CorruptCheckpoint, r"have the deviation \(0.2, 0.2, 0.0\)", (folder / "constant",)),
+        (CorruptCheckpoint, r"and deviation \(0.2, 0.2, 0.0\)", (folder / "constant",)),
+        (CorruptCheckpoint, r"have mean \(0.5,\) and deviation", (folder / "grey",)),
         (CorruptCheckpoint, r"pictures of side 1099511627776", (folder / "large",)),
         (CorruptCheckpoint, r"cut cannot be used \(has [\d,]+ bytes", (folder / "cut",)),
         (CorruptCheckpoint, r"it has none, the network has \[5\]", (own, run / "weights/best.safetensors")),

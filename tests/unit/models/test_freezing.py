@@ -13,6 +13,7 @@ from lowmem.config.schema import ModelConfig
 from lowmem.config.settings import gather
 from lowmem.core.errors import UsageError
 from lowmem.models import from_recipe, make_network, recipe_of
+from lowmem.models.freezing import freeze
 
 KINDS = ("weight", "bias")
 RES20 = ModelConfig(arch="res20", width=2)
@@ -48,6 +49,14 @@ def test_a_frozen_batch_norm_stays_in_evaluation_whoever_says_train() -> None:
     before = model.bn1.running_mean.clone()  # type: ignore[union-attr,operator]
     model(torch.randn(4, 3, 32, 32))
     assert torch.equal(model.bn1.running_mean, before)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize("pattern", ["first", "last.weight"])
+def test_a_weight_with_two_names_is_frozen_by_either(pattern: str) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(3, 3, bias=False), "last": nn.Linear(3, 3)})
+    model["last"].weight = model["first"].weight
+    freeze(model, [pattern])
+    assert _frozen(model) == {"first.weight"}
 
 
 def test_the_recipe_makes_it_again() -> None:
