@@ -6,28 +6,24 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem.cli.interrupts import NOTHING_TO_SAVE
 from lowmem.cli.terminal import say
-from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError, first_line
+from lowmem.core.errors import ExitCode, Interrupted, first_line
 from lowmem.core.reading import shorten
 from lowmem.distributed.launch import is_led
 from lowmem.isolate import kill_session
-from lowmem.runs.view import RunView, errors_of
 
 if TYPE_CHECKING:
     from lowmem.train.loop import Outcome
 
-_LIMIT_SECONDS, _LOOK_SECONDS = 60.0, 0.1
+_LIMIT_SECONDS = 60.0
 
 
 @contextmanager
@@ -36,48 +32,35 @@ def notifying(command: str | None, run: Path) -> Iterator[Callable[[Outcome], No
     handed over. `run`: the folder, if no outcome says another. Nothing of it changes how lowmem ends; of several
     processes rank 0 does it."""
     ended: list[Outcome] = []
-    if command is None or is_led():
-        yield ended.append
-        return
     try:
         yield ended.append
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):  # as the command will turn it into
             error = Interrupted(NOTHING_TO_SAVE, ExitCode.INTERRUPTED)
         how = "interrupted" if isinstance(error, Interrupted) else "failed"
-        best = {} if isinstance(error, UsageError | PreflightError) else _best(run)  # of another run, if of any
-        _notify(command, run, how, getattr(error, "exit_code", ExitCode.BUG), first_line(error), best)
+        _notify(command, run, how, getattr(error, "exit_code", ExitCode.BUG), first_line(error))
         raise
     for outcome in ended:
-        how = "done" if outcome.finished else "stopped"
-        _notify(command, outcome.path, how, ExitCode.DONE, outcome.words, _best(outcome.path))
+        _notify(command, outcome.path, "done" if outcome.finished else "stopped", ExitCode.DONE, outcome.words)
 
 
-def _best(run: Path) -> dict[str, object]:
-    with suppress(LowmemError, OSError):
-        return errors_of(RunView(run).epochs)
-    return {}
-
-
-def _notify(command: str, run: Path, how: str, code: int, message: str, best: dict[str, object]) -> None:
+def _notify(command: str | None, run: Path, how: str, code: int, message: str) -> None:
     """Its output goes where lowmem's goes. What goes wrong with it is a warning."""
+    if command is None or is_led():
+        return
     told = {
-        "RUN": os.path.abspath(run),
-        "OUTCOME": how,
-        "EXIT_CODE": int(code),
-        "MESSAGE": _plain(message),
-        "BEST_ERROR": best.get("best_error_pct"),  # in per cent
-        "BEST_EPOCH": best.get("best_epoch"),
+        "LOWMEM_RUN": os.path.abspath(run),
+        "LOWMEM_OUTCOME": how,
+        "LOWMEM_EXIT_CODE": str(int(code)),
+        "LOWMEM_MESSAGE": _plain(message),
     }
-    variables = {f"LOWMEM_{name}": "" if value is None else str(value) for name, value in told.items()}
     sys.stdout.flush()
     try:
-        with _interrupts() as came:
-            # A session of its own: Ctrl-C is for lowmem, which ends it and what it has started.
-            process = subprocess.Popen(
-                command, shell=True, stdin=subprocess.DEVNULL, env={**os.environ, **variables}, start_new_session=True
-            )
-            wrong = _wait(process, came)
+        # A session of its own: Ctrl-C is for lowmem, which ends it and what it has started.
+        process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.DEVNULL, env={**os.environ, **told}, start_new_session=True
+        )
+        wrong = _wait(process)
     except (OSError, ValueError) as error:
         wrong = f"could not be started ({error})"
     if wrong:
@@ -91,28 +74,14 @@ def _plain(message: str, *, windows: bool = os.name == "nt") -> str:
     return re.sub(r'[&|<>^%!"]', "?", line) if windows else line
 
 
-def _wait(process: subprocess.Popen[bytes], came: list[int]) -> str:
+def _wait(process: subprocess.Popen[bytes]) -> str:
     """What was wrong with it."""
-    deadline = time.monotonic() + _LIMIT_SECONDS
-    while not came and time.monotonic() < deadline:
-        with suppress(subprocess.TimeoutExpired):
-            code = process.wait(_LOOK_SECONDS)
-            return f"left with code {code}" if code else ""
-    kill_session(process)
-    process.wait()
-    return "was interrupted" if came else f"took longer than {_LIMIT_SECONDS:.0f} s and was ended"
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Those that come, in place of a KeyboardInterrupt, which may come between any two lines."""
-    came: list[int] = []
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield came  # it is ignored, under nohup, or never comes here
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
-        yield came
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        code = process.wait(_LIMIT_SECONDS)
+        return f"left with code {code}" if code else ""
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
+        kill_session(process)
+        process.wait()
+        if isinstance(stopped, KeyboardInterrupt):
+            return "was interrupted"
+        return f"took longer than {_LIMIT_SECONDS:.0f} s and was ended"
