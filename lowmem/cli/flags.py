@@ -105,7 +105,6 @@ FLAGS = (
         "evaluate predict export": "best, last, or a .safetensors file of such a network's weights.",
     }, metavar="best|last|FILE", default="best"),
     Flag("--raw-uint8", "", bool, {"export": "The graph takes uint8 pictures, and normalises them itself."}),
-    Flag("--force", "", bool, {"export": "Replace the file that is there."}),
     Flag("--curve", "", Path, {"plan": "Draw memory against time to this file: .png, .jpg, .svg or .pdf."}),
     Flag("--notify", "", str, {
         "train resume": "Run this command at the end; LOWMEM_OUTCOME, LOWMEM_MESSAGE, … tell it how that was. For this "

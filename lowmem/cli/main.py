@@ -218,12 +218,11 @@ def export(
     out: Path,
     weights: str,
     raw_uint8: bool,
-    force: bool,
 ) -> None:
     """Write a trained network for other programs: ONNX, TorchScript or safetensors, compared before it is there."""
     from lowmem.cli.show import show_export
 
-    show_export(run, format, out, weights, raw_uint8, force)
+    show_export(run, format, out, weights, raw_uint8)
 
 
 @command

@@ -155,17 +155,13 @@ def show_report(result: ReportResult) -> None:
         print(f"curves for TensorBoard: tensorboard --logdir {result.event_files}")
 
 
-def show_export(run: Path, form: str, out: Path, weights: str, raw_uint8: bool, force: bool) -> None:
+def show_export(run: Path, form: str, out: Path, weights: str, raw_uint8: bool) -> None:
     """Writes the network for another program, and says what is in the file. Raises as `export` does."""
     with observer("stderr") as shown:
         with shown.loading("torch"):
             from lowmem.inference.export import export
-        done = export(run, form, out, weights=weights, raw_uint8=raw_uint8, force=force, phase=shown.phase)
-    print(printable(f"written: {done.file}, {format_size(done.size_bytes)}"))
-    if done.takes:
-        print(f"it takes {done.takes}")
-        figures = f"{done.difference:.2g} at the most, where {done.most:.2g} may be"
-        print(printable(f"compared: logits differ by {figures}, in {done.checked}"))
+        lines = export(run, form, out, weights=weights, raw_uint8=raw_uint8, phase=shown.phase)
+    print("\n".join(map(printable, lines)))
 
 
 def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate: bool = False) -> None:

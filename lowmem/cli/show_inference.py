@@ -25,7 +25,6 @@ from lowmem.runs.view import RunView, recorded_settings
 if TYPE_CHECKING:
     from lowmem.inference.evaluation import Evaluation
 
-_MOST_CLASSES, _WORST_CLASSES = 40, 20  # of a table; all are in evaluation.json
 _LONGEST_CLASS = 30
 _SHARES = ("precision", "recall")
 _FORMS = ("table", "csv", "jsonl")
@@ -43,7 +42,7 @@ def show_evaluation(
     with observer("stderr") as shown:
         with shown.loading("torch"):
             from lowmem.inference.evaluation import evaluate_runs
-            from lowmem.inference.writing import write_evaluation
+            from lowmem.inference.figures import write_evaluation
         found = []
         for evaluation, folder in zip(evaluate_runs(runs, weights, changes, shown), folders, strict=True):
             write_evaluation(evaluation, folder, shown.phase)
@@ -52,16 +51,10 @@ def show_evaluation(
         print(json.dumps([one.to_json() for one in found], indent=1))
         return
     columns = room()
-    lines = [*_summary(found, columns), ""]
-    if len({one.classes for one in found}) == 1:
-        lines += [*_by_class(found, columns), ""]
-    else:
-        lines += ["the runs tell apart different classes: each one's are in its evaluation.json", ""]
+    lines = [*_summary(found, columns), "", *_by_class(found, columns), ""]
     lines += [printable(f"{one.run.path}: {_difference(one)}") for one in found if one.as_recorded is False]
-    lines += [
-        printable(f"written: {folder}/: evaluation.json, predictions.csv, confusion.png, worst.png")
-        for folder in folders
-    ]
+    written = "evaluation.json, predictions.csv, confusion.png, worst.png"
+    lines += [printable(f"written: {folder}/: {written}") for folder in folders]
     print("\n".join(fold(lines, columns)))
 
 
@@ -88,22 +81,16 @@ def _summary(found: Sequence[Evaluation], columns: int | None) -> list[str]:
 
 
 def _by_class(found: Sequence[Evaluation], columns: int | None) -> list[str]:
-    """A row a class, beside each other what the runs do on it; of many classes those that the first finds least."""
-    of_runs = [one.by_class() for one in found]
-    order: Sequence[int] = range(len(of_runs[0]))
-    if many := len(order) > _MOST_CLASSES:
-        order = sorted(order, key=lambda row: of_runs[0][row]["recall"] or 0.0)[:_WORST_CLASSES]
+    """A row a class, beside each other what the runs do on it."""
+    if len({one.classes for one in found}) > 1:
+        return ["the runs tell apart different classes: each one's are in its evaluation.json"]
     runs = ["" if len(found) == 1 else f" {one.run.name}" for one in found]
     rows = [("class", "pictures", *(f"{what}{run}" for run in runs for what in _SHARES))]
-    for row in order:
-        shares = (
-            None if of_run[row][what] is None else 100 * of_run[row][what] for of_run in of_runs for what in _SHARES
-        )
-        name, count = shorten(of_runs[0][row]["name"], _LONGEST_CLASS), f"{of_runs[0][row]['count']:,}"
-        rows.append((name, count, *(_percent(share, 1) for share in shares)))
-    lines = table([tuple(map(printable, row)) for row in rows], range(1, len(rows[0])), columns)
-    more = f"the {len(order)} of {len(of_runs[0]):,} classes with the least recall; all are in evaluation.json"
-    return [*lines, more] if many else lines
+    for of_runs in zip(*(one.by_class() for one in found), strict=True):
+        name, count = shorten(of_runs[0]["name"], _LONGEST_CLASS), f"{of_runs[0]['count']:,}"
+        shares = (of_run[what] for of_run in of_runs for what in _SHARES)
+        rows.append((name, count, *(_percent(share and 100 * share, 1) for share in shares)))
+    return table([tuple(map(printable, row)) for row in rows], range(1, len(rows[0])), columns)
 
 
 def _percent(value: float | None, digits: int) -> str:

@@ -8,8 +8,7 @@ from typing import TypeVar
 
 from lowmem.choose.execution import numerics_of
 from lowmem.config.schema import Config
-from lowmem.core.errors import CorruptCheckpoint, OutOfMemory
-from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json, shorten
+from lowmem.core.errors import OutOfMemory
 from lowmem.distributed.group import Split, even_shares
 from lowmem.inference.loading import LoadedRun
 from lowmem.measure.out_of_memory import Failure, halving
@@ -37,28 +36,20 @@ def prepare_execution(run: LoadedRun) -> Execution:
     return execution
 
 
-def _plan(path: Path, rank: int) -> Plan | None:
-    file = path / plan_file(rank)
-    try:
-        return Plan.from_json(read_json(file, PLAN_LIMIT_BYTES)) if file.is_file() else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{file} holds no plan ({shorten(error)}): restore it") from None
-
-
 def evaluation_parts(run: RunView, config: Config, count: int) -> list[tuple[int, int, int]]:
     """Of `count` pictures the [first, past) that each process of the run evaluated, and how many at a time, within the
     memory that it was planned for: the last digits of a sum depend on both. Raises CorruptCheckpoint."""
-    plan = _plan(run.path, 0)
+    plan = Plan.read(run.path / plan_file(0))
     told = [event.detail.get("processes") for event in run.events if event.kind in ("start", "resume")]
     size = told[-1] if told and isinstance(told[-1], int) and told[-1] > 0 else 1
     split = Split(plan.shares if plan else even_shares(config.train.batch, size))
-    plans = [plan, *(_plan(run.path, rank) or plan for rank in range(1, len(split.shares)))]
+    plans = [plan, *(Plan.read(run.path / plan_file(rank)) or plan for rank in range(1, len(split.shares)))]
     return [(*split.part(count, rank), evaluation_batch(config.train, one)) for rank, one in enumerate(plans)]
 
 
 def batch_of(path: Path, config: Config | None) -> int:
     """Pictures at a time, of the network of a run or of a file of weights. Raises CorruptCheckpoint."""
-    return _ALONE_BATCH if config is None else evaluation_batch(config.train, _plan(path, 0))
+    return _ALONE_BATCH if config is None else evaluation_batch(config.train, Plan.read(path / plan_file(0)))
 
 
 def within_memory(work: Callable[[int], T], size: int, tell: Observer) -> T:

@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from lowmem.core import counter_rng as addressed
 from lowmem.core.errors import DataError, PreflightError, UsageError, first_line
 from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import shorten
-from lowmem.core.units import counted
+from lowmem.core.units import counted, format_size
 from lowmem.data import load
 from lowmem.data.batches import Normalizer
 from lowmem.data.cutting import middles
@@ -48,37 +47,18 @@ _WAY_OUT = "give --out another path"
 Compute = Callable[[Tensor], Tensor]  # pictures -> logits [N, classes]
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A file that is there. `takes`: what its graph takes, in words; `checked`: by what and on which pictures;
-    `difference`: the largest one of a logit, and `most`, what it may be. Weights alone are a copy, with nothing to take
-    or check."""
-
-    file: Path
-    size_bytes: int
-    takes: str
-    checked: str
-    difference: float
-    most: float
-
-
 def export(
-    run: Path, form: str, out: Path, *, weights: str = "best", raw_uint8: bool = False, force: bool = False,
-    phase: Phase = untold,
-) -> Exported:  # fmt: skip
-    """Writes the network of a run, or of a file of weights, to `out`. `weights`: as of `load_run`; `raw_uint8`: the
-    graph takes bytes and normalises them itself; `force`: what is at `out` is replaced.
+    run: Path, form: str, out: Path, *, weights: str = "best", raw_uint8: bool = False, phase: Phase = untold
+) -> list[str]:
+    """Writes the network of a run, or of a file of weights, to `out`, and says in lines what is there. `weights`: as of
+    `load_run`; `raw_uint8`: the graph takes bytes and normalises them itself.
 
     Raises UsageError, PreflightError for what cannot be written so, or gives other logits; DiskError; and what
     `load_run` raises. Then nothing is written."""
-    _refuse(run, form, out, raw_uint8=raw_uint8, force=force)
+    _refuse(form, out, raw_uint8)
     loaded = load_run(run, weights, device="cpu")
-    if out.resolve() == loaded.weights.resolve():
-        raise UsageError(f"{out} are the weights themselves: {_WAY_OUT}")
     if form == "safetensors":  # the file says all of it already
-        with disk_errors(out):
-            write_bytes_atomic(out, data := loaded.weights.read_bytes())
-        return Exported(out, len(data), "", "", 0.0, 0.0)
+        return [_write(out, loaded.weights.read_bytes())]
     images, words = _pictures(loaded, phase)
     network: nn.Module = _OfBytes(loaded.model, loaded.normalize) if raw_uint8 else loaded.model
     images = images if raw_uint8 else loaded.normalize(images)
@@ -100,12 +80,17 @@ def export(
             f"{said} as {form} gives logits that differ by {difference:.2g} in {program} from the network's, on "
             f"{words}, and {most:.2g} is the most that may be: {way_out}"
         )
+    figures = f"{difference:.2g} at the most, where {most:.2g} may be"
+    return [_write(out, data), f"it takes {takes}", f"compared: logits differ by {figures}, in {program}, on {words}"]
+
+
+def _write(out: Path, data: bytes) -> str:
     with disk_errors(out):
         write_bytes_atomic(out, data)
-    return Exported(out, len(data), takes, f"{program}, on {words}", difference, most)
+    return f"written: {out}, {format_size(len(data))}"
 
 
-def _refuse(run: Path, form: str, out: Path, *, raw_uint8: bool, force: bool) -> None:
+def _refuse(form: str, out: Path, raw_uint8: bool) -> None:
     """Before anything is loaded. Raises UsageError, PreflightError."""
     if form not in FORMATS:
         raise UsageError(f"there is no format {shorten(form)!r}: use --format {', '.join(FORMATS)}")
@@ -113,10 +98,8 @@ def _refuse(run: Path, form: str, out: Path, *, raw_uint8: bool, force: bool) ->
         raise UsageError("safetensors holds weights and no graph that could normalise: leave --raw-uint8 out")
     if out.is_dir():
         raise UsageError(f"{out} is a folder: give --out a file, like {out / f'network.{form}'}")
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists: add --force to replace it, or {_WAY_OUT}")
-    if any((run / part).resolve() in out.resolve().parents for part in ("weights", "checkpoints")):
-        raise UsageError(f"{out} is where the run keeps its own: {_WAY_OUT}")
+    if out.exists():
+        raise UsageError(f"{out} exists, and is not replaced: {_WAY_OUT}")
     if not out.parent.is_dir():
         raise PreflightError(f"{out} cannot be written ({out.parent} is no folder): {_WAY_OUT}")
     refuse_unwritable(out, _WAY_OUT)

@@ -1,12 +1,17 @@
-"""The figures of an evaluation: which classes are taken for which, and the pictures that it is most wrong about."""
+"""What is written of an evaluation: its figures as JSON, a row of each picture, and drawn which classes are taken for
+which, and the pictures that it is most wrong about."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import shorten
 from lowmem.data.cutting import middles
 from lowmem.data.pictures import MAPPED_FROM, AnyPictures, MappedPictures
@@ -16,6 +21,8 @@ from lowmem.report.agg import ConstrainedLayoutEngine, drawn_alike, to_rgb
 from lowmem.report.chart import dress, fit, new_figure, to_bytes
 from lowmem.report.labels import ink
 from lowmem.report.naming import shorten_middle
+from lowmem.runs.atomic import write_bytes_atomic
+from lowmem.runs.checkpoint import disk_errors
 
 _RIGHT, _WRONG = style.MEASURED, "#D55E00"
 _MOST_NUMBERS, _MOST_NAMES = 12, 28  # classes: with more, numbers in the cells and names beside them had no room
@@ -24,6 +31,38 @@ _CONFUSION_INCHES, _EDGE = 6.6, 0.02  # the edge as a share of the width
 _PAIRS_NAMED = 4
 _COLUMNS, _WORST = 4, 16
 _CELL_INCHES, _WORDS_INCHES, _HEAD_INCHES = 1.36, 0.62, 0.68
+
+
+def write_evaluation(evaluation: Evaluation, out: Path, phase: Phase = untold) -> None:
+    """evaluation.json, predictions.csv, confusion.png and worst.png, in place of those of an earlier one. Raises
+    DiskError."""
+    phase("drawing figures")
+    files = {
+        "evaluation.json": (json.dumps(evaluation.to_json(), indent=1) + "\n").encode(),
+        "predictions.csv": _rows(evaluation).encode(),
+        "confusion.png": draw_confusion(evaluation),
+        "worst.png": draw_worst(evaluation),
+    }
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            write_bytes_atomic(out / name, data)
+
+
+def _rows(evaluation: Evaluation) -> str:
+    """CSV: the picture's path, or where it is no file its index from 0; classes by name; float32 in its shortest form
+    that is the same number."""
+    classes, labels = np.array(evaluation.classes, object), evaluation.labels
+    figures = (
+        [np.format_float_positional(value, trim="0") for value in one]
+        for one in (evaluation.probabilities, evaluation.losses)
+    )
+    names = evaluation.tests.files or range(len(labels))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("picture", "label", "prediction", "probability", "loss"))
+    rows.writerows(zip(names, classes[labels], classes[evaluation.predictions], *figures, strict=True))
+    return text.getvalue()
 
 
 @drawn_alike

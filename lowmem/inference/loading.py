@@ -107,7 +107,7 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
     else:
         config = recorded_settings(path).config
         file = path / "weights" / f"{weights}.safetensors" if weights in ("best", "last") else Path(weights)
-    shapes, info = _read(file)
+    info = _read(file)
     if not (info.data and info.classes and info.image_size and info.mean and info.std):
         lacking = [name for name in _NEEDED if not getattr(info, name)]
         raise PreflightError(
@@ -118,31 +118,29 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
     refuse_changed_files(settings.spec, settings.sha256)
     on = _device(device)
     channels: Literal[1, 3] = 1 if len(info.mean) == 1 else 3
-    # A stranger's file may name one that fits no memory.
-    shapeless = make_network(settings, len(info.classes), channels=channels)
-    expected = {name: tuple(tensor.shape) for name, tensor in shapeless.state_dict().items()}
-    if odd := sorted({*expected.items()} ^ {*shapes.items()}):
-        name = odd[0][0]
-        sides = [f"has {list(one[name])}" if name in one else "has none" for one in (shapes, expected)]
+    tensors = safetensors.torch.load_file(file)
+    try:  # on `meta` first: a stranger's file may name one that fits no memory
+        make_network(settings, len(info.classes), channels=channels).load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        why = shorten(error)
         raise CorruptCheckpoint(
-            f"{file} is another network's than {settings.words}: of {shorten(name)} it {sides[0]}, the network "
-            f"{sides[1]}: name the run's own weights"
-        )
+            f"{file} is another network's than {settings.words} ({why}): name the run's own weights"
+        ) from None
     model = make_network(settings, len(info.classes), channels=channels, seed=0)
-    model.load_state_dict(safetensors.torch.load_file(file))
+    model.load_state_dict(tensors)
     fit = info.fit or ("crop" if config is None else config.data.fit)
     pictures = DataConfig.model_construct(source=info.data, image_size=info.image_size, channels=channels, fit=fit)
     return LoadedRun(model.to(on).eval(), info, config, file, on, pictures, Normalizer(info.mean, info.std, on))
 
 
-def _read(file: Path) -> tuple[dict[str, tuple[int, ...]], WeightsInfo]:
+def _read(file: Path) -> WeightsInfo:
     try:
-        shapes, info = read_weights(file)
+        _, info = read_weights(file)
         odd = min(info.std or (1,)) <= 0 or len(info.std or ()) != len(info.mean or ())
         if odd or (info.image_size or 0) > MOST_IMAGE_SIZE:
             said = f"pictures of side {info.image_size} have mean {info.mean} and deviation {info.std}"
             raise Unreadable(f"says that {said}")
-        return shapes, info
+        return info
     except FileNotFoundError:
         raise UsageError(
             f"{file} is not there: a run writes best and last when its first epoch ends; name another run or file"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -39,7 +38,7 @@ def predict(
     time; they are decoded ahead in threads, two batches at the most. `path`: what the run was loaded from; `total`: how
     many there will be, if that is known. Raises OutOfMemory, CorruptCheckpoint."""
     execution, batch = prepare_execution(run), batch_of(path, run.config)
-    classes, size, done, began = run.info.classes or (), batch, 0, time.monotonic()
+    classes, size, done = run.info.classes or (), batch, 0
     decoded = decode_ahead(files, run.pictures.fit, stored_side(run.pictures), batch, run.pictures.channels)
     while group := list(islice(decoded, batch)):
         likely: Iterator[tuple[list[float], list[int]]] = iter(())
@@ -49,7 +48,7 @@ def predict(
             likely = zip(probabilities.tolist(), labels.tolist(), strict=True)
         yield [(name, pixels if isinstance(pixels, str) else _named(*next(likely), classes)) for name, pixels in group]
         done += len(group)
-        phase(f"predicting, {done / (time.monotonic() - began):,.0f} images/s", done, total)
+        phase("predicting", done, total)
 
 
 def _named(probabilities: list[float], labels: list[int], classes: tuple[str, ...]) -> list[tuple[str, float]]:

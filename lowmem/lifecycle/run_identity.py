@@ -13,7 +13,7 @@ from lowmem.config.networks import refuse_changed_files
 from lowmem.config.schema import OPERATIONAL, Config, flatten
 from lowmem.config.settings import Settings, other_run
 from lowmem.core.errors import CorruptCheckpoint, Diverged, UsageError
-from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json, shorten
+from lowmem.core.reading import shorten
 from lowmem.distributed.group import Group
 from lowmem.distributed.launch import Launch
 from lowmem.models import network_of
@@ -155,12 +155,8 @@ def read_plan(run: Path, config: Config, name: str = PLAN) -> Plan | None:
     """The plan in a run's plan.json (or of another process); None if there is none. Raises CorruptCheckpoint if it is
     damaged or does not belong to these settings."""
     path = run / name
-    if not path.is_file():
+    if (plan := Plan.read(path)) is None:
         return None
-    try:
-        plan = Plan.from_json(read_json(path, PLAN_LIMIT_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path} holds no plan ({shorten(error)}): restore it, or start another run") from None
     train = config.train
     ours = (stage_names(network(config)), train.batch, train.precision, train.memory_format)
     if (plan.stages, plan.effective_batch, plan.precision, plan.memory_format) != ours:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowmem.core.reading import shorten
+from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json, shorten
 from lowmem.plan.policy import Schedule
 
 FORMAT = 1
@@ -147,6 +149,15 @@ class Plan(_Checked):
         if len(self.shares) == 1:
             names.remove("shares")
         return {"format": FORMAT, **{name: written.get(name, getattr(self, name)) for name in names}}
+
+    @staticmethod
+    def read(file: Path) -> Plan | None:
+        """What is recorded there; None if there is no file. Raises CorruptCheckpoint."""
+        try:
+            return Plan.from_json(read_json(file, PLAN_LIMIT_BYTES)) if file.is_file() else None
+        except (OSError, ValueError, RecursionError) as error:
+            why = shorten(error)
+            raise CorruptCheckpoint(f"{file} holds no plan ({why}): restore it, or start another run") from None
 
     @staticmethod
     def from_json(values: object) -> Plan:

@@ -185,14 +185,12 @@ def test_what_is_not_the_network_is_not_written(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, name: str, said: str
 ) -> None:
     _needs_onnx(form)
-    (tmp_path / "net").write_text("before")
-    assert _export(own / name, form, tmp_path / "net", "--force") == 3
+    assert _export(own / name, form, tmp_path / "net") == 3
     told = capsys.readouterr()
     assert told.out == ""
     assert said in told.err
     assert name == "Counts" or "and 0.0001 is the most that may be" in told.err
-    assert (tmp_path / "net").read_text() == "before"
-    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_traced_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,23 +207,21 @@ def test_what_cannot_be_traced_is_one_line(tmp_path: Path, capsys: pytest.Captur
 
 def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").write_text("x")
-    best, copy = run / "weights/best.safetensors", tmp_path / "copy.safetensors"
-    copy.write_bytes(best.read_bytes())
+    best = (run / "weights/best.safetensors").read_bytes()
     odd = {
         "there is no format 'onxx': use --format onnx, torchscript, safetensors": ("onxx", tmp_path / "a"),
-        "there exists: add --force to replace it": ("torchscript", tmp_path / "there"),
+        "there exists, and is not replaced": ("torchscript", tmp_path / "there"),
+        "best.safetensors exists": ("safetensors", run / "weights/best.safetensors", "--weights", "last"),
         "is a folder: give --out a file": ("torchscript", tmp_path),
         "safetensors holds weights and no graph": ("safetensors", tmp_path / "a", "--raw-uint8"),
-        "is where the run keeps its own": ("torchscript", best, "--force"),
-        "are the weights themselves": ("torchscript", copy, "--force", "--weights", str(copy)),
         "a is no folder": ("torchscript", tmp_path / "a" / "b"),
     }
     for said, (form, out, *more) in odd.items():
         assert _export(run, form, out, *more) == (3 if "no folder" in said else 2)
         assert said in capsys.readouterr().err
     assert (tmp_path / "there").read_text() == "x"
-    assert copy.read_bytes() == best.read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"there", "copy.safetensors"}
+    assert (run / "weights/best.safetensors").read_bytes() == best
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 @pytest.mark.parametrize("library", ["onnx", "onnxruntime"])

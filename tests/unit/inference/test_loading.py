@@ -175,7 +175,7 @@ def _refusals(run: Path, own: Path, folder: Path) -> list[tuple[type[LowmemError
         (CorruptCheckpoint, r"have mean \(0.5,\) and deviation", (folder / "grey",)),
         (CorruptCheckpoint, r"pictures of side 1099511627776", (folder / "large",)),
         (CorruptCheckpoint, r"cut cannot be used \(has [\d,]+ bytes", (folder / "cut",)),
-        (CorruptCheckpoint, r"it has none, the network has \[5\]", (own, run / "weights/best.safetensors")),
+        (CorruptCheckpoint, r"another network's than my_net.py:Net", (own, run / "weights/best.safetensors")),
         (UsageError, r"is a file of weights already", (folder / "wider", folder / "cut")),
         (UsageError, r"does not exist", (folder / "nowhere",)),
     ]
