@@ -65,15 +65,13 @@ def read_list(file: Path, config: DataConfig) -> Tree:
 def _parts(file: Path, lines: Sequence[Line], config: DataConfig) -> tuple[dict[str, list[Line]], list[str]]:
     """As of a folder: of `PARTS` those that there are, and what of that must be said. Raises DataError."""
     found = {part: [line for line in lines if (line.part or "train") == part] for part in PARTS}
+    there = {part: of_part for part, of_part in found.items() if of_part and (part != "val" or config.val_folder)}
     notes = []
-    if (val := found["val"]) and not config.val_folder:
-        notes.append(f"{counted(len(found.pop('val')), 'picture')} of val passed over, as asked")
-    elif val and not found["test"] and config.test_split is None:
+    if "val" in there and "test" not in there and config.test_split is None:
         notes.append(f"{shown(file)} has no split test: errors are measured on val, and nothing is held back")
-        found = {"train": found["train"], "test": val}
-    there = {part: of_part for part, of_part in found.items() if of_part}
+        there["test"] = there.pop("val")
     if "train" not in there:
-        raise DataError(f"{shown(file)} lists no pictures to train on: give some lines train in the column split")
+        raise DataError(f"{shown(file)} lists no pictures to train on: write a line for each, path,label")
     if "test" not in there and config.test_split is None:
         raise DataError(
             f"{shown(file)} lists no pictures to test on: add --test-split 0.2 to test on a fifth of them, or a third "
@@ -104,9 +102,6 @@ def _lines(file: Path) -> Iterator[Line]:
         if width not in (0, 2, 3):
             wanted = "path,label or path,label,split are wanted, or a first line that names these among others"
             raise _error(file, number, f"{counted(width, 'column')}: {wanted}")
-        if first and not os.path.splitext(first[0])[1] and not os.path.exists(os.path.join(file.parent, first[0])):
-            raise _error(file, number, f"{shorten(first[0])} is no file: a header has the names path and label in it")
-    none = True
     for number, cells in rows:
         if len(cells) != width:
             told = f"{counted(len(cells), 'column')}, and the first line has {width}"
@@ -119,10 +114,7 @@ def _lines(file: Path) -> Iterator[Line]:
             )
         if part is not None and part not in PARTS:
             raise _error(file, number, f"split is {shorten(split[0])!r}: write {', '.join(PARTS[:2])} or {PARTS[2]}")
-        none = False
         yield Line(number, path, " ".join(label.split()), part)
-    if none:
-        raise DataError(f"{shown(file)} lists no pictures: write a line for each, path,label")
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:

@@ -101,7 +101,6 @@ class Placed:
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     stripped: str = ""
-    rounded: bool = False  # to the network's dtype, from one with more digits
 
     def lines(self) -> list[str]:
         """A short table: what, how many, which."""
@@ -109,7 +108,6 @@ class Placed:
         rows += [("not there: new", self.missing), ("there, but not in the network", self.unused)]
         cells = [(f"  {what}", str(len(names)), _parts(names)) for what, names in rows if names]
         said = [f"  every name there begins with {self.stripped!r}, which was taken off"] if self.stripped else []
-        said += ["  some have more digits there, and were rounded"] if self.rounded else []
         return [*aligned(cells, right={1}), *said]
 
 
@@ -125,11 +123,11 @@ def _parts(names: Iterable[str]) -> str:
 def place(tensors: Mapping[str, Tensor], model: nn.Module, source: str) -> Placed:
     """Copies tensors into the network's of the same name and shape, on whatever device and in whatever memory format
     these are. All others stay as they are. Raises PreflightError if there are none of the same."""
-    into, prefix = model.state_dict(), ""
-    for one in _PREFIXES:
-        if all(name.startswith(one) and name.removeprefix(one) in into for name in tensors):
-            prefix = one
-            break
+    into = model.state_dict()
+    all_begin_with = (
+        one for one in _PREFIXES if all(name.startswith(one) and name.removeprefix(one) in into for name in tensors)
+    )
+    prefix = next(all_begin_with, "")
     given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     there = [name for name in into if name in given]
     loaded = [name for name in there if given[name].shape == into[name].shape]
@@ -138,9 +136,7 @@ def place(tensors: Mapping[str, Tensor], model: nn.Module, source: str) -> Place
             f"nothing of {source} fits this network: it has names like {shorten(next(iter(tensors)))!r}, the network "
             f"like {next(iter(into), '')!r}: give --init weights of this network"
         )
-    rounded = False
     for name in loaded:
-        rounded |= given[name].is_floating_point() and given[name].element_size() > into[name].element_size()
         into[name].copy_(given[name])
     return Placed(
         loaded=tuple(loaded),
@@ -148,5 +144,4 @@ def place(tensors: Mapping[str, Tensor], model: nn.Module, source: str) -> Place
         missing=tuple(name for name in into if name not in given),
         unused=tuple(name for name in given if name not in into),
         stripped=prefix,
-        rounded=rounded,
     )

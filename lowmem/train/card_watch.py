@@ -58,18 +58,10 @@ class CardWatch:
         if self._warned or looks < _LEAST_LOOKS or cost <= _COSTS:
             return None
         self._warned = True
-        why = throttled_by(reduce(or_, [load.throttle_reasons or 0 for load in held]))
-        means = {
-            "MHz where": _mean(load.clock_mhz for load in held),
-            "could be": _mean(load.most_clock_mhz for load in held),
-            "°C": _mean(load.temperature_c for load in held),
-            "W": _mean(load.power_watts for load in held),
-        }
-        clock, most, *at = [f"{value:,.0f} {unit}" for unit, value in means.items() if value is not None]
+        why = ", ".join(throttled_by(reduce(or_, [load.throttle_reasons or 0 for load in held])))
         return (
-            f"the card is held back ({', '.join(why)}) {len(held) / looks:.0%} of the time, to {clock} {most}, which "
-            f"costs about {cost:.0%} of the speed ({', '.join(at) or 'it tells no more'}): "
-            f"{_COOL if any('heat' in one for one in why) else _FEED}"
+            f"the card is held back ({why}) {len(held) / looks:.0%} of the time, which costs about {cost:.0%} of the "
+            f"speed: {_COOL if 'heat' in why else _FEED}"
         )
 
 

@@ -105,12 +105,10 @@ def test_a_prefix_of_all_names_is_taken_off(prefix: str) -> None:
 def test_other_formats_and_digits_are_the_networks() -> None:
     model = _net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     given = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in _state().items()}
-    assert place(given, model, "them").rounded
+    place(given, model, "them")
     kernel = model.state_dict()["0.weight"]
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(kernel, given["0.weight"].float())
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in _state().items()}
-    assert not place(halves, model, "them").rounded
 
 
 # -- torchvision's -----------------------------------------------------------------------------------------------------
