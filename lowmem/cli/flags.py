@@ -69,7 +69,7 @@ FLAGS = (
         "resume": "With --epochs: the new run's folder; default RUN-fork.",
         "fork": "Run folder; default RUN-fork.",
         "report": "Folder for the report; default RUN/report for one run, report/ for several.",
-        "evaluate": "Folder for the results, of several runs a folder for each in it; default RUN/evaluate.",
+        "evaluate": "Folder for the results of one run; default RUN/evaluate.",
         "bench": "Folder of the results (bench/NETWORK); what is in it already is not measured again.",
     }),
     Flag("--out", "", Path, {

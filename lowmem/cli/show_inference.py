@@ -20,7 +20,7 @@ from lowmem.core.phases import untold
 from lowmem.core.reading import shorten
 from lowmem.core.units import counted, format_duration, format_loss
 from lowmem.runs.folder import refuse_unwritable
-from lowmem.runs.view import RunView, recorded_settings
+from lowmem.runs.view import recorded_settings
 
 if TYPE_CHECKING:
     from lowmem.inference.evaluation import Evaluation
@@ -36,7 +36,9 @@ def show_evaluation(
     """Evaluates each run, writes its folder, prints tables of all of them."""
     for run in runs:
         recorded_settings(run)  # refused before torch is loaded
-    folders = _folders(runs, out)
+    if out is not None and len(runs) > 1:
+        raise UsageError("--out is the folder of one run's results: leave it out, or evaluate one run after the other")
+    folders = [out or run / "evaluate" for run in runs]
     for folder in folders:
         refuse_unwritable(folder, "give another --out")
     with observer("stderr") as shown:
@@ -56,16 +58,6 @@ def show_evaluation(
     written = "evaluation.json, predictions.csv, confusion.png, worst.png"
     lines += [printable(f"written: {folder}/: {written}") for folder in folders]
     print("\n".join(fold(lines, columns)))
-
-
-def _folders(runs: Sequence[Path], out: Path | None) -> list[Path]:
-    if out is None:
-        return [run / "evaluate" for run in runs]
-    if len(runs) == 1:
-        return [out]
-    from lowmem.report.naming import name_runs
-
-    return [out / named.file_name for named in name_runs([RunView(run) for run in runs])]
 
 
 def _summary(found: Sequence[Evaluation], columns: int | None) -> list[str]:
@@ -100,7 +92,7 @@ def _percent(value: float | None, digits: int) -> str:
 def _difference(one: Evaluation) -> str:
     assert one.row is not None
     then, now = f"{one.row.test_loss} and {one.row.test_error_pct} %", f"{one.score.loss} and {one.score.error_pct} %"
-    why = "another device, machine or number of threads adds up in another order"
+    why = "another device, machine or number of threads adds up in another order, or the pictures are others now"
     return f"loss and error are {now}, in metrics.csv {then}: {why}"
 
 

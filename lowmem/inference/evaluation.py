@@ -116,7 +116,7 @@ def evaluate_runs(
 
     Raises UsageError for what is no run, and for pictures of other classes; OutOfMemory; what `load_run` and `load`
     raise."""
-    read: dict[str, tuple[TestSet, str | None]] = {}  # runs of one recipe have the same pictures
+    read: dict[str, TestSet] = {}  # runs of one recipe have the same pictures
     own = "data.source" not in changes
     for path in paths:
         config, run = recorded_settings(path).replace(changes, "evaluate").config, RunView(path)
@@ -125,11 +125,7 @@ def evaluate_runs(
         key = f"{config.seed} {config.data}"
         if key not in read:
             read[key] = _read_pictures(config, own, tell)
-        found, fingerprint = read[key]
-        trained_on = next((saved.identity.get("data") for saved in run.checkpoints), None)
-        if None not in (fingerprint, trained_on) and fingerprint != trained_on:
-            tell.warning(f"the pictures of {found.name} are not those that {path} was trained and tested with")
-        yield _evaluate(network, run, config, _in_order(found, network, path), own, tell)
+        yield _evaluate(network, run, config, _in_order(read[key], network, path), own, tell)
 
 
 def _evaluate(
@@ -152,20 +148,19 @@ def _evaluate(
     return Evaluation(run, network.weights, info, tests, execution, max(sizes), total, row, *every)
 
 
-def _read_pictures(config: Config, own: bool, tell: Observer) -> tuple[TestSet, str | None]:
-    """And the fingerprint of all pictures, if they are the run's own."""
+def _read_pictures(config: Config, own: bool, tell: Observer) -> TestSet:
     tell.phase("reading pictures")
-    found, fingerprint = None if own else load_test(config.data, progress=tell.phase), None
-    if found is None:
-        try:
+    try:
+        if own:
             data = load(config.data, config.seed, progress=tell.phase)
-        except DataError as error:
-            raise DataError(f"{error}{where_else(config, flags=True)}") from None
-        found = TestSet(data.name, data.classes, data.test, data.test_files, data.warnings)
-        fingerprint = data.fingerprint
+            found = TestSet(data.name, data.classes, data.test, data.test_files, data.warnings)
+        else:
+            found = load_test(config.data, progress=tell.phase)
+    except DataError as error:
+        raise DataError(f"{error}{where_else(config, flags=True)}") from None
     for text in found.warnings:
         tell.warning(text)
-    return found, fingerprint
+    return found
 
 
 def _in_order(found: TestSet, network: LoadedRun, path: Path) -> TestSet:
