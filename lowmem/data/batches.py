@@ -48,19 +48,20 @@ def augmentation(seed: int, epoch: int, samples: NDArray[np.integer]) -> NDArray
 
 
 class Normalizer:
-    """uint8 [B, C, N, N] -> float32 of the same shape, (x / 255 - mean) / std per channel."""
+    """uint8 [B, C, N, N] -> float32 of the same shape, (x / 255 - mean) / std per channel: less `shift`, times
+    `scale`, float32 [C, 1, 1] each."""
 
     def __init__(self, mean: PerChannel, std: PerChannel, device: torch.device) -> None:
         shape = (len(mean), 1, 1)
-        self._shift = torch.tensor([255.0 * m for m in mean], dtype=torch.float32).view(shape).to(device)
-        self._scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32).view(shape).to(device)
+        self.shift = torch.tensor([255.0 * m for m in mean], dtype=torch.float32).view(shape).to(device)
+        self.scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32).view(shape).to(device)
 
     def __call__(self, images: Tensor, memory_format: torch.memory_format = _CONTIGUOUS) -> Tensor:
         # A subtraction and a product, not one fused multiply-add: each rounds once in every kernel, so a
         # picture has the same bits wherever it stands in a batch, and on every device.
         if memory_format is _CONTIGUOUS:  # bytes are moved faster than what they become
             images = images.contiguous()
-        out = images.to(torch.float32, copy=True).sub_(self._shift).mul_(self._scale)
+        out = images.to(torch.float32, copy=True).sub_(self.shift).mul_(self.scale)
         # Converting last is 2.5 times faster on a CPU than widening into a channels-last tensor.
         out = out.contiguous(memory_format=memory_format)
         if out.shape[1] > 1:
@@ -68,11 +69,6 @@ class Normalizer:
         # Of one channel both formats are the same bytes, and only the strides tell kernels which is meant.
         meant = torch.empty(out.shape, device="meta", memory_format=memory_format)
         return out.as_strided(out.shape, meant.stride())
-
-    @property
-    def constants(self) -> tuple[Tensor, Tensor]:
-        """What is subtracted from the bytes, and what the difference is multiplied by: float32 [C, 1, 1] each."""
-        return self._shift, self._scale
 
 
 class TrainBatches:
@@ -226,11 +222,14 @@ def eval_batches(
     if batch < 1:
         raise ValueError(f"batch {batch}: it must be at least 1")
     place = torch.device(device)
-    normalize, enlarge = Normalizer(mean, std, place), Enlarger(pictures.side, pictures.image_size, place)
+    normalize = Normalizer(mean, std, place)
     for start in range(0, len(pictures), batch):
-        past = min(start + batch, len(pictures))
-        if isinstance(pictures, MappedPictures):
-            images = middles(pictures, range(start, past)).to(place)
-        else:
-            images = enlarge(pictures.images[start:past].to(place))
-        yield normalize(images, memory_format), pictures.labels[start:past].to(place)
+        part = pictures.part(start, min(start + batch, len(pictures)))
+        yield normalize(as_seen(part, place), memory_format), part.labels.to(place)
+
+
+def as_seen(pictures: AnyPictures, device: torch.device) -> Tensor:
+    """All of them as evaluation has them, but not normalised: uint8 [K, C, N, N]."""
+    if isinstance(pictures, MappedPictures):
+        return middles(pictures, range(len(pictures))).to(device)
+    return Enlarger(pictures.side, pictures.image_size, device)(pictures.images.to(device))

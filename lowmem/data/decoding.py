@@ -21,9 +21,9 @@ import threading
 import time
 import warnings
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,29 +158,25 @@ def decode_ahead(
     files: Iterable[tuple[str, str]], fit: str, side: int, ahead: int, channels: int = CHANNELS
 ) -> Iterator[tuple[str, NDArray[np.uint8] | str]]:
     """In threads, in order, each with its path: the picture, or what is wrong with it. `files`: paths, and why they
-    cannot be read at all, if so. At most `ahead` are decoded that are not taken yet, and `files` is not read further.
-    """
+    cannot be read at all, if so. While `ahead` of them are taken the next as many are decoded, and `files` is not read
+    further."""
 
-    def one(path: str, trouble: str) -> NDArray[np.uint8] | str:
+    def one(file: tuple[str, str]) -> tuple[str, NDArray[np.uint8] | str]:
+        path, trouble = file
         try:
-            return trouble or _decode_or_say(path, fit, side, channels)
+            return path, trouble or _decode_or_say(path, fit, side, channels)
         except OSError as error:
-            return str(error.strerror or error)
+            return path, str(error.strerror or error)
 
-    pool = ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1))
-    begun: deque[tuple[str, Future[NDArray[np.uint8] | str]]] = deque()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and odd palettes, as above
-            for path, trouble in files:
-                begun.append((path, pool.submit(one, path, trouble)))
-                if len(begun) > ahead:
-                    path, future = begun.popleft()
-                    yield path, future.result()
-            for path, future in begun:
-                yield path, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    left = iter(files)
+    taken: Iterator[tuple[str, NDArray[np.uint8] | str]] = iter(())
+    with ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1)) as pool, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and odd palettes, as above
+        while group := list(islice(left, ahead)):
+            begun = pool.map(one, group)
+            yield from taken
+            taken = begun
+        yield from taken
 
 
 def _decode_or_say(path: str, fit: str, side: int, channels: int) -> NDArray[np.uint8] | str:

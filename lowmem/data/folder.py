@@ -67,7 +67,8 @@ def read(config: DataConfig, *, progress: Progress | None = None, until: float |
     finally:  # also of those that came before a signal
         trouble = store.close() if until is None else None
     troubles |= {left[number]: why for number, why in found.items()}
-    skipped = [f"{shown(_from(root, files[number].path))} ({troubles[number]})" for number in sorted(troubles)]
+    within = f"{root}{os.sep}"
+    skipped = [f"{shown(files[number].path.removeprefix(within))} ({troubles[number]})" for number in sorted(troubles)]
     if skipped and not config.skip_damaged:
         raise DataError(
             f"{len(skipped):,} of {len(files):,} pictures in {shown(place)} cannot be used: "
@@ -78,13 +79,6 @@ def read(config: DataConfig, *, progress: Progress | None = None, until: float |
         said.append(f"{len(skipped):,} of {len(files):,} pictures are left out, as asked: {name_some(skipped, 3)}")
     source = _assemble(place, tree, store, {*troubles}, config)
     return replace(source, warnings=tuple(said), skipped=tuple(skipped), unchecked=len(left) - looked_at)
-
-
-def _from(root: Path, path: str) -> str:
-    try:
-        return os.path.relpath(path, root)
-    except ValueError:  # another drive of Windows
-        return path
 
 
 def _assemble(place: Path, tree: Tree, store: Store, without: set[int], config: DataConfig) -> Source:

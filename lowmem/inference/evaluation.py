@@ -136,7 +136,7 @@ def _evaluate(
     for first, past, batch in parts:
         part, what = tests.pictures.part(first, past), f"evaluating {run.path.name}"
         if past > first:
-            score, seen, size = within_memory(partial(_score, network, execution, part, tell, what), batch, tell)
+            (score, seen), size = within_memory(partial(_score, network, execution, part, tell, what), batch, tell)
             scores.append(astuple(score))
             columns.append(seen)
             sizes.append(size)
@@ -181,8 +181,8 @@ def _in_order(found: TestSet, network: LoadedRun, path: Path) -> TestSet:
 
 def _score(
     network: LoadedRun, execution: Execution, pictures: AnyPictures, tell: Observer, what: str, size: int
-) -> tuple[Score, list[NDArray[Any]], int]:
-    """And of each picture what an `Evaluation` has last; and the size."""
+) -> tuple[Score, list[NDArray[Any]]]:
+    """And of each picture what an `Evaluation` has last."""
     columns: list[list[Tensor]] = []
 
     def look(logits: Tensor, labels: Tensor) -> None:
@@ -202,4 +202,4 @@ def _score(
     batches = eval_batches(pictures, size, info.mean, info.std, network.device, execution.torch_memory_format)
     score = evaluate(network.model, batches, execution, going_on, look)
     assert score is not None
-    return score, [torch.cat(one).numpy() for one in zip(*columns, strict=True)], size
+    return score, [torch.cat(one).numpy() for one in zip(*columns, strict=True)]

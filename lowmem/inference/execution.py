@@ -52,9 +52,13 @@ def batch_of(path: Path, config: Config | None) -> int:
     return _ALONE_BATCH if config is None else evaluation_batch(config.train, Plan.read(path / plan_file(0)))
 
 
-def within_memory(work: Callable[[int], T], size: int, tell: Observer) -> T:
-    """`work(size)`, with fewer at a time where memory runs out. Raises OutOfMemory."""
-    result = halving(work, size, "evaluation", lambda failure, half: tell.warning(evaluates_fewer(failure, half)))
+def within_memory(work: Callable[[int], T], size: int, tell: Observer) -> tuple[T, int]:
+    """`work(size)`, with fewer at a time where memory runs out; and with how many. Raises OutOfMemory."""
+
+    def halved(failure: Failure, half: int) -> None:
+        tell.warning(evaluates_fewer(failure, half))
+
+    result = halving(lambda size: (work(size), size), size, "evaluation", halved)
     if isinstance(result, Failure):
         way_out = "free what others use, or give --device cpu"
         raise OutOfMemory(f"{result.words} ({result.message}), of one picture at a time: {way_out}")

@@ -28,9 +28,7 @@ from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import shorten
 from lowmem.core.units import counted, format_size
 from lowmem.data import load
-from lowmem.data.batches import Normalizer
-from lowmem.data.cutting import middles
-from lowmem.data.pictures import MappedPictures
+from lowmem.data.batches import Normalizer, as_seen
 from lowmem.inference.loading import LoadedRun, load_run
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import disk_errors
@@ -145,9 +143,8 @@ class _OfBytes(nn.Module):
     def __init__(self, network: nn.Module, normalize: Normalizer) -> None:
         super().__init__()
         self.network = network
-        shift, scale = normalize.constants
-        self.register_buffer("shift", shift)
-        self.register_buffer("scale", scale)
+        self.register_buffer("shift", normalize.shift)
+        self.register_buffer("scale", normalize.scale)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network((images.to(torch.float32) - self.shift) * self.scale)
@@ -200,10 +197,7 @@ def _pictures(loaded: LoadedRun, phase: Phase) -> tuple[Tensor, str]:
             data = loaded.config.data.model_copy(update={"download": False, "image_size": size})
             test = load(data, loaded.config.seed, progress=phase).test
             chosen = test.take(np.linspace(0, len(test) - 1, _PICTURES).astype(np.int64))
-            if isinstance(chosen, MappedPictures):
-                images = middles(chosen, range(_PICTURES)).contiguous()
-            else:
-                images = loaded.squares(chosen.images)
+            images = as_seen(chosen, loaded.device).contiguous()
             return images, f"{min(len(test), _PICTURES)} of the run's test pictures"
     shape = (_PICTURES, len(loaded.info.mean or ()), size, size)
     words = addressed.draw_uint64(addressed.derive_seed(0, "export"), np.arange(np.prod(shape)))

@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import shorten
-from lowmem.data.cutting import middles
-from lowmem.data.pictures import MAPPED_FROM, AnyPictures, MappedPictures
+from lowmem.data.batches import as_seen
+from lowmem.data.pictures import MAPPED_FROM
 from lowmem.inference.evaluation import Evaluation
 from lowmem.report import style
 from lowmem.report.agg import ConstrainedLayoutEngine, drawn_alike, to_rgb
@@ -149,7 +150,8 @@ def draw_worst(evaluation: Evaluation) -> bytes:
     write(side, 0.12, f"Most wrong: {_heading(evaluation)}", width - side, "black", style.TITLE_SIZE, "bold")
     legend = "Blue: what it is. Orange: what it was taken for. Grey: the loss, and which picture."
     write(side, 0.38, legend, width - side, style.NEUTRAL, style.LABEL_SIZE)
-    for place, (number, image) in enumerate(zip(worst.tolist(), _images(tests.pictures, worst), strict=True)):
+    images = as_seen(tests.pictures.take(worst), torch.device("cpu")).permute(0, 2, 3, 1).numpy()
+    for place, (number, image) in enumerate(zip(worst.tolist(), images, strict=True)):
         left = side + place % _COLUMNS * (_CELL_INCHES + side)
         foot = _HEAD_INCHES + place // _COLUMNS * (_CELL_INCHES + _WORDS_INCHES) + _CELL_INCHES
         axes = figure.add_axes((left / width, 1 - foot / height, _CELL_INCHES / width, _CELL_INCHES / height))
@@ -166,10 +168,3 @@ def draw_worst(evaluation: Evaluation) -> bytes:
 
 def _heading(evaluation: Evaluation) -> str:
     return shorten(f"{evaluation.run.name} on {evaluation.tests.name}", 80)
-
-
-def _images(pictures: AnyPictures, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """uint8 [K, S, S, C]."""
-    if isinstance(pictures, MappedPictures):
-        return middles(pictures, chosen.tolist()).permute(0, 2, 3, 1).numpy()
-    return pictures.take(chosen).images.permute(0, 2, 3, 1).numpy()

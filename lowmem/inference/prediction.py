@@ -41,26 +41,23 @@ def predict(
     classes, size, done = run.info.classes or (), batch, 0
     decoded = decode_ahead(files, run.pictures.fit, stored_side(run.pictures), batch, run.pictures.channels)
     while group := list(islice(decoded, batch)):
-        likely: Iterator[tuple[list[float], list[int]]] = iter(())
+        likely: Iterator[list[tuple[str, float]]] = iter(())
         if pictures := [pixels for _, pixels in group if not isinstance(pixels, str)]:
-            work = partial(_most_likely, run, execution, np.stack(pictures), top)
-            probabilities, labels, size = within_memory(work, size, tell)
-            likely = zip(probabilities.tolist(), labels.tolist(), strict=True)
-        yield [(name, pixels if isinstance(pixels, str) else _named(*next(likely), classes)) for name, pixels in group]
+            (probabilities, labels), size = within_memory(
+                partial(_most_likely, run, execution, np.stack(pictures), top), size, tell
+            )
+            names = ([classes[label] for label in row] for row in labels.tolist())
+            likely = map(list, map(zip, names, probabilities.tolist()))
+        yield [(name, pixels if isinstance(pixels, str) else next(likely)) for name, pixels in group]
         done += len(group)
         phase("predicting", done, total)
-
-
-def _named(probabilities: list[float], labels: list[int], classes: tuple[str, ...]) -> list[tuple[str, float]]:
-    return [(classes[label], probability) for label, probability in zip(labels, probabilities, strict=True)]
 
 
 @torch.inference_mode()
 def _most_likely(
     run: LoadedRun, execution: Execution, pictures: NDArray[np.uint8], top: int, size: int
-) -> tuple[Tensor, Tensor, int]:
-    """Of uint8 [N, S, S, C], `size` at a time: probabilities and labels, [N, top] each, the most probable first; and
-    the size."""
+) -> tuple[Tensor, Tensor]:
+    """Of uint8 [N, S, S, C], `size` at a time: probabilities and labels, [N, top] each, the most probable first."""
     found = []
     for part in torch.from_numpy(pictures).permute(0, 3, 1, 2).split(size):
         images = run.prepare(part).contiguous(memory_format=execution.torch_memory_format)
@@ -68,4 +65,4 @@ def _most_likely(
             logits = run.model(images)
         found.append([one.cpu() for one in logits.float().softmax(1).topk(min(top, logits.shape[1]))])
     probabilities, labels = map(torch.cat, zip(*found, strict=True))
-    return probabilities, labels, size
+    return probabilities, labels

@@ -110,11 +110,6 @@ class RowTable(Generic[Row]):
     older: tuple[int, ...] = ()
 
     @property
-    def older_headers(self) -> dict[str, int]:
-        """With how many columns a line lacks under it."""
-        return {",".join(self.names[:count]): len(self.names) - count for count in self.older}
-
-    @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.columns)
 

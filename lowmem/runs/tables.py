@@ -224,10 +224,10 @@ def scan_table(
         lines, header = _lines(file), table.header.encode()
         first, whole, end_bytes = next(lines, (header, False, 0))
         begun = first is not None and not whole and header.startswith(first)
-        lacking = table.older_headers.get((first or b"").decode("utf-8", errors="replace"), 0) if whole else 0
-        if lacking:
-            rows.columns_lacking, header = lacking, first or b""
-            table = table.read_header(header.decode())
+        for count in table.older if whole else ():
+            if first == (older := ",".join(table.names[:count])).encode():
+                rows.columns_lacking, header = len(table.names) - count, first
+                table = table.read_header(older)
         if first != header and not begun:
             raise CorruptCheckpoint(
                 f"{path} has other columns than this lowmem writes: restore its first line or use the lowmem that "
