@@ -63,8 +63,7 @@ def export(
     takes, metadata = _describe(loaded, images, raw_uint8)
     to_bytes, by_program, program = _OF_GRAPHS[form]
     said = loaded.weights if loaded.config is None else loaded.config.model.words
-    others = " or ".join(FORMATS[FORMATS.index(form) + 1 :])
-    way_out = f"mend what depends on the number of pictures or on values in it, or take --format {others}"
+    way_out = "mend what depends on the number of pictures or on values in it, or take another --format"
     phase(f"writing {form}, and comparing in {program}")
     try:
         with _quietly(), torch.no_grad():
@@ -94,8 +93,6 @@ def _refuse(form: str, out: Path, raw_uint8: bool) -> None:
         raise UsageError(f"there is no format {shorten(form)!r}: use --format {', '.join(FORMATS)}")
     if raw_uint8 and form == "safetensors":
         raise UsageError("safetensors holds weights and no graph that could normalise: leave --raw-uint8 out")
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder: give --out a file, like {out / f'network.{form}'}")
     if out.exists():
         raise UsageError(f"{out} exists, and is not replaced: {_WAY_OUT}")
     if not out.parent.is_dir():

@@ -22,7 +22,7 @@ from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, from_yaml, refuse_changes, to_yaml
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, PreflightError, UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import counted, format_duration
+from lowmem.core.units import counted
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.hours import fit_into_hours
@@ -248,10 +248,6 @@ class Resume:
             observer.note(different)
         if state.processes != group.size:
             observer.recorded_warning(folder, _describe_processes(state.processes, group, config))
-        if goes_on and "train.hours" in self.given and (hours := config.train.hours) is not None:
-            spent = format_duration(state.elapsed_seconds)
-            stays = f"it stays a run of {counted(config.train.epochs, 'epoch')}"
-            observer.note(f"train.hours = {hours:g}, of which {spent} are over; {stays}")
         if goes_on:
             within = f"{state.step_in_epoch} of its {trainer.batches.steps_per_epoch} done"
             place = f"epoch {state.epoch + 1}, step {state.step} ({within})"

@@ -23,7 +23,7 @@ from lowmem.config.schema import OF_THE_WEIGHTS, ONLY_AT_THE_BEGINNING, OWN_NETW
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import counted, format_duration
+from lowmem.core.units import counted
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.begin import New, warn_of_names, with_hashes
@@ -195,12 +195,6 @@ class Fork(New):
             raise UsageError(
                 f"the fork is at step {at.step} and would stop at train.max_steps = {stop}: add --set "
                 "train.max_steps=null"
-            )
-        spent, hours = read_state(self._point.saved.state, at.step).elapsed_seconds, new.train.hours
-        if hours is not None and spent >= 3600 * hours:
-            raise UsageError(
-                f"the fork is at {format_duration(spent)} of training and would stop at train.hours = {hours:g}, which "
-                "count from the old run's first step: give more of them, or leave them out"
             )
         other = [key for key in _ORDER if key in self._changes]
         if not same_pictures and ("data.test_subset" not in self._changes or "data.source" in self._changes):

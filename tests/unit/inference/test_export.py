@@ -212,7 +212,7 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "there is no format 'onxx': use --format onnx, torchscript, safetensors": ("onxx", tmp_path / "a"),
         "there exists, and is not replaced": ("torchscript", tmp_path / "there"),
         "best.safetensors exists": ("safetensors", run / "weights/best.safetensors", "--weights", "last"),
-        "is a folder: give --out a file": ("torchscript", tmp_path),
+        f"{tmp_path.name} exists": ("torchscript", tmp_path),
         "safetensors holds weights and no graph": ("safetensors", tmp_path / "a", "--raw-uint8"),
         "a is no folder": ("torchscript", tmp_path / "a" / "b"),
     }
