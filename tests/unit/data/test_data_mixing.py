@@ -24,10 +24,10 @@ from lowmem.data.mixing import (
     mixup_share,
     partners,
 )
-from lowmem.data.pictures import AnyPictures, Triple
+from lowmem.data.pictures import AnyPictures, PerChannel
 
-MEAN: Triple = (0.49, 0.48, 0.44)
-STD: Triple = (0.24, 0.23, 0.26)
+MEAN: PerChannel = (0.49, 0.48, 0.44)
+STD: PerChannel = (0.24, 0.23, 0.26)
 COUNT = 50
 ALL = {"cutout": 9, "random_erasing": 0.5, "mixup": 0.4}
 
