@@ -174,11 +174,16 @@ class Forks:
     def _kill(self) -> None:
         if self._process is None or self._process.returncode is not None:
             return  # its number may be another's by now
-        if os.name == "nt":
-            self._process.kill()
-        else:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        kill_session(self._process)
+
+
+def kill_session(process: subprocess.Popen[bytes]) -> None:
+    """One that was started with a session of its own, and with it what it has started; on Windows it alone."""
+    if os.name == "nt":
+        process.kill()
+    else:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(process: subprocess.Popen[bytes]) -> tuple[tuple[Any, ...], dict[str, Any]]:

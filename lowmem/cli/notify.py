@@ -5,9 +5,12 @@ no setting and is written nowhere, so that a run folder, whoever made it, runs n
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,12 +21,13 @@ from lowmem.cli.terminal import say
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError, first_line
 from lowmem.core.reading import shorten
 from lowmem.distributed.launch import is_led
+from lowmem.isolate import kill_session
 from lowmem.runs.view import RunView, errors_of
 
 if TYPE_CHECKING:
     from lowmem.train.loop import Outcome
 
-_LIMIT_SECONDS = 60.0
+_LIMIT_SECONDS, _LOOK_SECONDS = 60.0, 0.1
 
 
 @contextmanager
@@ -38,14 +42,11 @@ def notifying(command: str | None, run: Path) -> Iterator[Callable[[Outcome], No
     try:
         yield ended.append
     except BaseException as error:
-        interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
-        code = (
-            ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", ExitCode.BUG)
-        )
-        message = first_line(error) if isinstance(error, Exception) else NOTHING_TO_SAVE
-        begun = isinstance(error, LowmemError) and not isinstance(error, UsageError | PreflightError)
-        best = _best(run) if begun else {}  # else it is that of another run, if of any
-        _notify(command, run, "interrupted" if interrupted else "failed", code, message, best)
+        if isinstance(error, KeyboardInterrupt):  # as the command will turn it into
+            error = Interrupted(NOTHING_TO_SAVE, ExitCode.INTERRUPTED)
+        how = "interrupted" if isinstance(error, Interrupted) else "failed"
+        best = {} if isinstance(error, UsageError | PreflightError) else _best(run)  # of another run, if of any
+        _notify(command, run, how, getattr(error, "exit_code", ExitCode.BUG), first_line(error), best)
         raise
     for outcome in ended:
         how = "done" if outcome.finished else "stopped"
@@ -64,35 +65,54 @@ def _notify(command: str, run: Path, how: str, code: int, message: str, best: di
         "RUN": os.path.abspath(run),
         "OUTCOME": how,
         "EXIT_CODE": int(code),
-        "MESSAGE": shorten(message, 4000),
+        "MESSAGE": _plain(message),
         "BEST_ERROR": best.get("best_error_pct"),  # in per cent
         "BEST_EPOCH": best.get("best_epoch"),
     }
     variables = {f"LOWMEM_{name}": "" if value is None else str(value) for name, value in told.items()}
-    wrong = None
     sys.stdout.flush()
     try:
-        # A session of its own: Ctrl-C is for lowmem, and what it started is ended with it. Windows has none of this.
-        process = subprocess.Popen(
-            command, shell=True, stdin=subprocess.DEVNULL, env={**os.environ, **variables}, start_new_session=True
-        )
-        try:
-            if (left := process.wait(_LIMIT_SECONDS)) != 0:
-                wrong = f"left with code {left}"
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-            late = isinstance(error, subprocess.TimeoutExpired)
-            wrong = f"took longer than {_LIMIT_SECONDS:.0f} s and was ended" if late else "was interrupted"
-            _end(process)
+        with _interrupts() as came:
+            # A session of its own: Ctrl-C is for lowmem, which ends it and what it has started.
+            process = subprocess.Popen(
+                command, shell=True, stdin=subprocess.DEVNULL, env={**os.environ, **variables}, start_new_session=True
+            )
+            wrong = _wait(process, came)
     except (OSError, ValueError) as error:
         wrong = f"could not be started ({error})"
-    if wrong is not None:
+    if wrong:
         say(f"warning: the command of --notify {wrong}; the run is what was said of it", "stderr")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if os.name == "nt":
-        process.kill()
-    else:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+def _plain(message: str, *, windows: bool = os.name == "nt") -> str:
+    """It may quote what a stranger wrote: one line; and none of the characters by which Windows' shell would run more,
+    which reads a line again once the variables are in it."""
+    line = shorten(message, 4000)
+    return re.sub(r'[&|<>^%!"]', "?", line) if windows else line
+
+
+def _wait(process: subprocess.Popen[bytes], came: list[int]) -> str:
+    """What was wrong with it."""
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    while not came and time.monotonic() < deadline:
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(_LOOK_SECONDS)
+            return f"left with code {code}" if code else ""
+    kill_session(process)
     process.wait()
+    return "was interrupted" if came else f"took longer than {_LIMIT_SECONDS:.0f} s and was ended"
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Those that come, in place of a KeyboardInterrupt, which may come between any two lines."""
+    came: list[int] = []
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield came  # it is ignored, under nohup, or never comes here
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -73,4 +73,5 @@ def where_else(config: Config, *, flags: bool) -> str:
     flag = ("--data " if begins else "--data-root ") if flags else f"--set {key}="
     folder = folder_of(text)
     meant = "" if str(folder) == path_in(text) else f", which from here is {folder}"
-    return f"; {key} is {text}{meant}: if the pictures are elsewhere, add `{flag}{begins}{'FILE' if begins == CSV else 'PATH'}`"
+    new = "FILE" if begins == CSV else "PATH"
+    return f"; {key} is {text}{meant}: if the pictures are elsewhere, add `{flag}{begins}{new}`"

@@ -41,21 +41,21 @@ class Line(NamedTuple):
 def read_list(file: Path, config: DataConfig) -> Tree:
     """The classes (sorted; numbers as such) and the files of each part, in the order of the lines. No picture is
     decoded, and one that is not there is its own `trouble`. Raises DataError, which names the line, and OSError."""
-    lines = list(_lines(file))
+    root, lines = str(file.parent), list(_lines(file))
     parts, notes = _parts(file, lines, config)
     names = _sorted({line.label for line in lines})
     if len(names) < 2:
         raise DataError(f"{shown(file)} has only one class ({names[0]!r}): two are needed at the least")
     label, first = {name: number for number, name in enumerate(names)}, dict[str, int]()
     for line in lines:
-        place = os.path.normcase(os.path.normpath(file.parent / line.path))
+        place = os.path.normcase(os.path.normpath(os.path.join(root, line.path)))
         if (before := first.setdefault(place, line.number)) != line.number:
             raise _error(file, line.number, f"{shown(line.path)} is in line {before} already: take one of them out")
     files = {
         part: [
             replace(one, trouble=one.trouble and f"line {line.number}: {one.trouble}")
             for line in of_part
-            for one in [file_of(str(file.parent / line.path), line.path, label[line.label])]
+            for one in [file_of(os.path.join(root, line.path), line.path, label[line.label])]
         ]
         for part, of_part in parts.items()
     }  # fmt: skip
@@ -104,6 +104,8 @@ def _lines(file: Path) -> Iterator[Line]:
         if width not in (0, 2, 3):
             wanted = "path,label or path,label,split are wanted, or a first line that names these among others"
             raise _error(file, number, f"{counted(width, 'column')}: {wanted}")
+        if first and not os.path.splitext(first[0])[1] and not os.path.exists(os.path.join(file.parent, first[0])):
+            raise _error(file, number, f"{shorten(first[0])} is no file: a header has the names path and label in it")
     none = True
     for number, cells in rows:
         if len(cells) != width:

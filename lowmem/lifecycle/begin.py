@@ -109,7 +109,8 @@ class New:
         placed = self._place_initial(trainer) if self._begins_with else None
         epoch_seconds, fitted = preflight(trainer, folder), None
         if trainer.config.train.hours is not None and trainer.state.step == 0:  # of a fork it is the limit alone
-            fitted = fit_into_hours(trainer, decision.settings, folder, epoch_seconds)
+            with trainer.group.alike():
+                fitted = fit_into_hours(trainer, decision.settings, folder, epoch_seconds)
         trainer.observer.note(_headline(trainer, self.path))
         if self.dry_run:
             trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from lowmem.config.settings import Settings, to_yaml
-from lowmem.core.errors import PreflightError
+from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.units import counted, format_duration, format_number
 from lowmem.runs.store import RunFolder
 from lowmem.step.undo import Before
@@ -21,7 +21,7 @@ _LEAST_STEPS = 3
 
 
 def measure_step(trainer: Trainer, hours: float) -> float:
-    """Mean seconds of whole batches, one step after the other, in all processes; the trainer is then as it was."""
+    """Mean seconds of steps of whole batches, one after the other, in all processes; the trainer is then as it was."""
     most = min(_MOST_MEASURED_SECONDS, _MEASURED_SHARE * 3600 * hours)
     before, group = Before(trainer.step), trainer.group
     whole = max(1, trainer.batches.steps_per_epoch - 1)  # without the last, smaller one
@@ -38,7 +38,8 @@ def measure_step(trainer: Trainer, hours: float) -> float:
 
 def fit_into_hours(trainer: Trainer, settings: Settings, folder: RunFolder, epoch_seconds: float) -> dict[str, Any]:
     """Shortens the run, which has taken no step, to the epochs that fit, if not all do; says and returns what was
-    decided. `epoch_seconds`: with evaluation and saving. Raises PreflightError where not even one fits."""
+    decided. `epoch_seconds`: with evaluation and saving. Raises PreflightError where not even one fits, UsageError for
+    other settings that want more of them."""
     hours, asked = trainer.config.train.hours, trainer.config.train.epochs
     assert hours is not None
     fits = int((1 - _RESERVE) * 3600 * hours / epoch_seconds)
@@ -51,7 +52,10 @@ def fit_into_hours(trainer: Trainer, settings: Settings, folder: RunFolder, epoc
         )
     epochs = min(fits, asked)
     if epochs < asked:
-        settings = settings.replace({"train.epochs": epochs}, f"what fits into train.hours = {hours:g}")
+        try:
+            settings = settings.replace({"train.epochs": epochs}, f"what fits into train.hours = {hours:g}")
+        except UsageError as error:
+            raise UsageError(f"of {asked} epochs {epochs} fit into train.hours = {hours:g}: {error}") from None
         trainer.config = settings.config
         trainer.identity = identity_of(settings.config, trainer.dataset)
         trainer.group.lead(lambda: folder.write_config(to_yaml(settings)), None)

@@ -50,8 +50,7 @@ def preflight(trainer: Trainer, folder: RunFolder) -> float:
     trainer.observer.phase("trying a step and an evaluation")
     tried, hours = try_step(trainer, folder), trainer.config.train.hours
     if hours is not None and trainer.state.step == 0:
-        whole = replace(tried.step, count=trainer.config.train.batch)
-        tried = replace(tried, step_seconds=measure_step(trainer, hours), step=whole)
+        tried = replace(tried, step_seconds=measure_step(trainer, hours))
     seconds = trainer.group.lead(lambda: _try_rest(trainer, folder, tried, began), 0.0)
     return float(trainer.group.share(seconds))
 

@@ -37,7 +37,7 @@ _PRICES = (0.0, *(0.02 * 1.4**power for power in range(14)))
 @dataclass(frozen=True)
 class HostTerms:
     """What host memory there is for a step, and how to get there. `grads`: complete gradients of parameters may wait
-    there too, until the backward is over: nobody looks at `.grad` before, and there was none."""
+    there too, until the backward is over: right where nobody looks at `.grad` before, and there was none."""
 
     rates: LinkRates
     limit_bytes: int

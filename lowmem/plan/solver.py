@@ -79,7 +79,7 @@ class Solver:
         if found is not None:
             return found
         least, way_out = self.least(), "lower the batch, or allow mixed precision or accumulation"
-        raise Infeasible(budget_bytes, least.peak_bytes, f"optimal; at its peak, {least.peak}", way_out)
+        raise Infeasible(budget_bytes, least.peak_bytes, f"at its peak, {least.peak}", way_out)
 
     def _fastest(self, budget_bytes: int) -> Solution | None:
         most = (budget_bytes - self.chain.fixed_bytes) // self.table.slot_bytes + self._margin

@@ -8,9 +8,13 @@ place where it is the executor's own: the caller's is not.
 What the schedule lets wait in host memory leaves and comes back at the planned items (`lowmem.remat.host`).
 
 Gradients of parameters are added to `.grad` directly, as soon as they are complete, unless somebody asks autograd for
-some of them (`torch.autograd.grad`, `backward(inputs=…)`): then autograd is given all, and sees to the rest.
+some of them (`torch.autograd.grad`, `backward(inputs=…)`): then autograd is given all, and sees to the rest. Where the
+schedule lets gradients wait in host memory, `.grad` is None meanwhile, and all are there when the backward is over; if
+it was not None before, if a hook of the parameter may look at it, or other processes, it stays.
 
-Known limitations: a second backward through the same output does not work; outputs have no second derivative.
+Known limitations: a hook of one module that looks at another's `.grad` in the middle of the backward may find None, if
+the plan was made for gradients to wait (`lowmem.plan.hosting.HostTerms`); after an error so may everybody. A second
+backward through the same output does not work; outputs have no second derivative.
 """
 
 from __future__ import annotations

@@ -39,9 +39,10 @@ PLANNED = "planned"
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What to do. The network is what a `ModelConfig` says. `way` is one of those above; `plan` is a `Plan` as JSON for
-    the planned one. `freeze`: patterns of what is not trained. `optim`: what is set of an `OptimConfig`; `fused`: its
-    form, as a run has it; without it the one that the library takes if one says nothing.
+    """What to do. The network is what a `ModelConfig` says, for pictures of so many `channels`. `way` is one of those
+    above; `plan` is a `Plan` as JSON for the planned one. `freeze`: patterns of what is not trained. `optim`: what is
+    set of an `OptimConfig`; `fused`: its form, as a run has it; without it the one that the library takes if one says
+    nothing.
 
     `image_size`: side of what the network sees; `stored_side`: of the pictures as they are held, which are enlarged as
     a batch if that is less; None: the same. `pictures`: training pictures that the run holds on the device (only held

@@ -137,3 +137,18 @@ def test_what_a_call_waits_for() -> None:
     few, many = torch.randn(1, device="cuda"), torch.randn(4096, 4096, device="cuda")
     assert time_calls(lambda: few + few, "cuda", rounds=3).bound_by_host
     assert not time_calls(lambda: many @ many, "cuda", rounds=3).bound_by_host
+
+
+def test_the_driver_tells_how_the_card_works() -> None:
+    """Where it tells anything at all: a container may forbid it."""
+    with closing(Meter("cuda")) as meter:
+        matrix = torch.randn(4096, 4096, device="cuda")
+        for _ in range(50):
+            matrix = torch.tanh(matrix @ matrix)
+        load = meter.load()
+        if load is None or load.clock_mhz is None:
+            pytest.skip("NVML does not tell")
+        assert load.most_clock_mhz is None or 0 < load.clock_mhz <= 1.2 * load.most_clock_mhz
+        assert load.temperature_c is None or 0 < load.temperature_c < 120
+        assert load.power_watts is None or 0 < load.power_watts < 2000
+        assert load.utilization_pct is None or 0 <= load.utilization_pct <= 100

@@ -85,6 +85,12 @@ def test_a_run_that_diverged_has_a_best_error(tmp_path: Path, teller: str) -> No
     assert failed["BEST_ERROR"] == str(RunView(run).epochs[0].test_error_pct if RunView(run).epochs else "")
 
 
+def test_what_a_stranger_wrote_runs_nothing() -> None:
+    said = 'runs/a holds "x & calc" | %PATH%\nand more'
+    assert notify._plain(said, windows=True) == "runs/a holds ?x ? calc? ? ?PATH? and more"
+    assert notify._plain(said, windows=False) == 'runs/a holds "x & calc" | %PATH% and more'
+
+
 def test_a_dry_run_tells_nobody(tmp_path: Path, teller: str) -> None:
     assert leave("train", *SHORT, "--out", str(tmp_path / "run"), "--notify", teller, "--dry-run") == 0
     assert told(tmp_path) == []

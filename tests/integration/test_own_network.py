@@ -168,7 +168,7 @@ def test_a_hash_that_was_taken_out_does_not_help(spec: str, tmp_path: Path) -> N
 def test_what_cannot_be_trained_leaves_nothing_behind(spec: str, tmp_path: Path) -> None:
     (tmp_path / "my_net.py").write_text(NET.replace("Conv2d(3,", "Conv2d(1,"))
     for budget in ((), ("memory.tensors=64M",)):
-        with pytest.raises(PreflightError, match="takes pictures of 1 channels, and these have 3"):
+        with pytest.raises(PreflightError, match="takes pictures of 1 channel, and these have 3"):
             run_training(_settings(spec, *budget), tmp_path / "run", Heard())
     assert not (tmp_path / "run").exists()
 

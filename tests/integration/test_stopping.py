@@ -159,13 +159,14 @@ def test_as_many_epochs_as_fit_and_the_schedule_is_scaled_to_them(tmp_path: Path
     assert resume_training(run, {"train.hours": None}).state.epoch == epochs
 
 
-def test_all_of_a_short_run_fit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("optim.kind=adamw", "optim.ema=0.9", "optim.clip_norm=1", "data.mixup=0.3")])
+def test_all_of_a_short_run_fit(tmp_path: Path, more: tuple[str, ...]) -> None:
     run, heard = tmp_path / "run", Heard()
-    assert run_training(tiny("train.hours=1", "train.epochs=2"), run, heard).finished
+    assert run_training(tiny("train.hours=1", "train.epochs=2", *more), run, heard).finished
     assert from_yaml(run / "config.yaml").config.train.epochs == 2
     assert any("train.hours = 1: all 2 epochs fit, about 0:0" in text for text in heard.notes)
     plain = tmp_path / "plain"
-    run_training(tiny("train.epochs=2"), plain)
+    run_training(tiny("train.epochs=2", *more), plain)
     assert_same_run(run, plain)  # what was measured before the first step left no trace
 
 
@@ -207,6 +208,13 @@ def test_not_even_an_epoch_fits(tmp_path: Path) -> None:
         PreflightError, match=r"not one epoch fits into train.hours = 1e-06: .* give --hours [0-9.e-]+ or more"
     ):
         run_training(tiny("train.hours=1e-6"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_warm_up_that_is_longer_than_the_time(tmp_path: Path) -> None:
+    longer = ("train.hours=0.002", "train.epochs=5000", "schedule.warmup_epochs=4900")
+    with pytest.raises(UsageError, match=r"of 5000 epochs \d+ fit into train.hours = 0.002: .*warmup_epochs 4900"):
+        run_training(tiny(*longer), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -43,7 +43,7 @@ def _leave(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[in
         (["train", "--precision", "fp64"], 2, "auto, fp32, amp or bf16"),
         (["train", "--data", "imagenet"], 2, "folder:PATH"),
         (["train", "--config", "none.yaml"], 2, "does not exist"),
-        (["train", "--recipe", "none"], 2, "use one of report"),
+        (["train", "--recipe", "none"], 2, "use one of modern, report"),
         (["train", "--bogus"], 2, "--help"),
         (["train", "--set", "nonsense=1"], 2, "`lowmem settings`"),
         # Flags of others, and settings that have none.

@@ -72,12 +72,13 @@ def test_a_pattern_that_finds_nothing_is_refused(capsys: pytest.CaptureFixture[s
 _OTHER_VALUE: dict[str, object] = {
     "recipe": "other.yaml", "model.arch": "res56", "data.source": "shapes", "data.root": "there", "data.cache": "there",
     "memory.card": "gtx970", "model.spec": "torchvision:resnet18", "model.args": {"depth": 3},
-    "model.sha256": {"net.py": "0"}, "data.channels": 1,
+    "model.sha256": {"net.py": "0"}, "data.channels": 1, "data.cutout": 8, "train.init": "there.safetensors",
+    "train.init_sha256": "0", "train.freeze": ["layer1*"],
 }  # fmt: skip
 _ADAMW = {"optim": {"kind": "adamw"}}
 _BEFORE: dict[str, dict[str, object]] = {
     "model.block": {"model": {"arch": "res56"}}, "model.args": {"model": {"spec": "torchvision:resnet18"}},
-    "optim.betas": _ADAMW, "optim.eps": _ADAMW,
+    "optim.betas": _ADAMW, "optim.eps": _ADAMW, "schedule.final_share": {"schedule": {"kind": "cosine"}},
 }  # fmt: skip
 
 

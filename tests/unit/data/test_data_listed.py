@@ -166,6 +166,7 @@ LINES = "train/cat/0.png,cat\ntrain/dog/0.png,dog\n"
         ("", "lists no pictures: write a line for each, path,label"),
         ("path,label\n\n", "lists no pictures"),
         ("train/cat/0.png\n", "line 1: 1 column: path,label or path,label,split are wanted"),
+        (f"image,label\n{LINES}", "line 1: image is no file: a header has the names path and label in it"),
         ("a,b,c,d\n", "line 1: 4 columns: .* or a first line that names these"),
         (f"{LINES}train/cat/1.png,cat,train\n", "line 3: 3 columns, and the first line has 2: .* quote"),
         (f"path,label,split\n{LINES}", "line 2: 2 columns, and the first line has 3"),

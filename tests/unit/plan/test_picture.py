@@ -7,7 +7,7 @@ import random
 import pytest
 
 from lowmem.plan.picture import in_short, legend, lines, shown, text
-from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Item, Keep, Schedule, Segment, keep
+from lowmem.plan.policy import FUSED, GRADS, LEAN, OUTPUT, SAVE_ALL, Host, Item, Keep, Schedule, Segment, keep
 from tests.unit.plan.test_policy import random_schedule
 
 NAMES = ("stem", *(f"layer1.{i}" for i in range(3)), *(f"layer2.{i}" for i in range(12)), "head")
@@ -31,6 +31,18 @@ def schedule() -> Schedule:
         *(Keep(index, LEAN) for index in (15, 16)),
     )
     return Schedule(items)
+
+
+def test_what_waits_on_the_host_is_marked_and_explained() -> None:
+    first = Keep(0, SAVE_ALL, (Host(frozenset({OUTPUT}), 1, 1),))
+    last = Keep(2, SAVE_ALL, (Host(frozenset({GRADS}), 1, -1),))
+    both = Schedule((first, Keep(1, SAVE_ALL), last))
+    assert [what for *_, what in lines(both, NAMES)] == ["SAVE_ALL +host", "SAVE_ALL", "SAVE_ALL +host.grad"]
+    marks = [line.partition(":")[0] for line in legend(both) if line.startswith("+")]
+    assert marks == ["+host", "+host.grad"]
+    assert [
+        line for line in legend(Schedule((first, *both.items[1:2], Keep(2, SAVE_ALL)))) if "+host.grad" in line
+    ] == []
 
 
 def test_lines() -> None:

@@ -68,7 +68,7 @@ def test_a_plan_from_before_it_said_which_batch_norm() -> None:
     [
         ({"micro_batch": 64}, "2 of them"),
         ({"batch": 0}, "at least 1"),
-        ({"precision": "fp8"}, "precision is 'fp8', not fp32 or amp"),
+        ({"precision": "fp8"}, "precision is 'fp8', not fp32, amp or bf16"),
         ({"memory_format": "nchw"}, "memory_format"),
         ({"batch_norm": "cudnn"}, "not library or native"),
         ({"tf32": "no"}, "tf32 is 'no', not bool or None"),

@@ -247,3 +247,8 @@ def test_the_report_is_of_all_runs_that_have_begun(tmp_path: Path) -> None:
     (tmp_path / "res20" / "metrics.csv").write_text("nonsense\n1\n")
     assert names(to_report(read_job(tmp_path), left_out.append)) == ["res110-bottleneck"]
     assert len(left_out) == 1 + 2
+
+
+def test_runs_of_one_length_have_no_clock_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"train.hours is for one run, .* lower --epochs instead"):
+        asked(tmp_path / "job", "train.hours=3")

@@ -106,17 +106,17 @@ def test_another_optimizer_begins_anew() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        {"momentum_buffer/conv1.weight": None},
-        {"momentum_buffer/conv1.weight": torch.zeros(3)},
-        {"momentum_buffer/conv9.weight": torch.zeros(3)},
+        {"exp_avg/conv1.weight": None},
+        {"exp_avg/conv1.weight": torch.zeros(3)},
+        {"exp_avg/conv9.weight": torch.zeros(3)},
         {"velocity/conv1.weight": torch.zeros(3)},
     ],
 )
 def test_a_state_that_is_not_whole_is_refused(damage: dict[str, Tensor | None]) -> None:
-    saved = _saved(SGD)
+    saved = _saved(ADAMW)
     slots = {name: tensor for name, tensor in {**saved.optimizer, **damage}.items() if tensor is not None}
     with pytest.raises(CorruptCheckpoint, match=next(iter(damage))):
-        _restored(replace(saved, optimizer=slots), SGD)
+        _restored(replace(saved, optimizer=slots), ADAMW)
 
 
 def test_the_mean_of_weights_with_two_names_is_exported_under_both() -> None:
