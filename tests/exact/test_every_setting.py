@@ -37,6 +37,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "cutout": ("data.cutout=9",),
     "random_erasing": ("data.random_erasing=0.6",),
     "mixup": ("data.mixup=0.4",),
+    "channels": ("data.channels=1",),
     "freeze": ("train.freeze=[conv1, bn1, layer1*, layer3.1.bn2]",),
 }
 # Several at once, which is quick.
@@ -53,6 +54,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
         *ROWS["cutout"],
         *ROWS["random_erasing"],
         *ROWS["mixup"],
+        *ROWS["channels"],
     ),
 }
 

@@ -19,6 +19,7 @@ from lowmem.lifecycle import recorded_settings, resume_training
 from lowmem.lifecycle.verify import FileFinding, verify
 from lowmem.report import write_report
 from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.rows import EPOCH_TABLE
 from lowmem.runs.view import read_run
 from tests.faults.damage import flip
 from tests.faults.disk import tiny_disk
@@ -104,12 +105,13 @@ def _edit(name: str, change: Callable[[str], str]) -> Callable[[Path], object]:
     return lambda run: (run / name).write_text(change((run / name).read_text()))
 
 
+_EMPTY = "," * (len(EPOCH_TABLE.names) - 3)
 FOUND: dict[str, tuple[Callable[[Path], object], str, str, bool]] = {
     "row garbled": (_edit("metrics.csv", lambda t: t.replace("\n1,", "\n?,")), "metrics.csv", "1 damaged lines", True),
     "row lost": (_edit("metrics.csv", lambda t: t.rpartition("\n2,")[0] + "\n"), "metrics.csv", "1 of 2 rows", True),
     "other header": (_edit("steps.csv", lambda t: "x" + t), "steps.csv", "other columns", False),
     "rows of lost checkpoints": (
-        _edit("metrics.csv", lambda t: t + "".join(f"{n},{3 * n},0.1,,,,,,,,,,,\n" for n in (3, 4))),
+        _edit("metrics.csv", lambda t: t + "".join(f"{n},{3 * n},0.1{_EMPTY}\n" for n in (3, 4))),
         "metrics.csv", "newer checkpoints", True,
     ),
     "weights cut off": (
