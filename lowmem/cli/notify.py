@@ -55,7 +55,8 @@ def notifying(command: str | None, run: Path) -> Iterator[Callable[[Outcome], No
 
 def _best(run: Path) -> dict[str, object]:
     with suppress(LowmemError, OSError):
-        return errors_of(RunView(run).epochs)
+        view = RunView(run)
+        return errors_of(view.epochs, view.events)
     return {}
 
 

@@ -79,7 +79,8 @@ def _summary(found: Sequence[Evaluation], columns: int | None) -> list[str]:
     top = any(one.top_error_pct is not None for one in found)
     rows = [("run", "weights", "on", "pictures", "loss", "error", *["top-5 error"] * top)]
     for one in found:
-        weights = f"{one.weights.stem}, epoch {one.info.epoch or '?'}"
+        own = one.weights.parent == one.run.path / "weights"
+        weights = f"{one.weights.stem if own else one.weights}, epoch {one.info.epoch or '?'}"
         errors = [_percent(error, 2) for error in (one.score.error_pct, one.top_error_pct)][: 1 + top]
         rows.append(
             (one.run.name, weights, one.tests.name, f"{one.score.count:,}", format_loss(one.score.loss), *errors)
@@ -94,13 +95,16 @@ def _by_class(found: Sequence[Evaluation], columns: int | None) -> list[str]:
     if many := len(order) > _MOST_CLASSES:
         order = sorted(order, key=lambda row: of_runs[0][row]["recall"] or 0.0)[:_WORST_CLASSES]
     runs = ["" if len(found) == 1 else f" {one.run.name}" for one in found]
-    rows = [("class", "pictures", *(f"{what}{run}" for run in runs for what in _SHARES))]
+    counts = [[one["count"] for one in of_run] for of_run in of_runs]
+    alike = 1 if all(one == counts[0] for one in counts) else len(counts)  # columns of them
+    heads = ["pictures"] if alike == 1 else [f"pictures{run}" for run in runs]
+    rows = [("class", *heads, *(f"{what}{run}" for run in runs for what in _SHARES))]
     for row in order:
         shares = (
             None if of_run[row][what] is None else 100 * of_run[row][what] for of_run in of_runs for what in _SHARES
         )
-        name, count = shorten(of_runs[0][row]["name"], _LONGEST_CLASS), f"{of_runs[0][row]['count']:,}"
-        rows.append((name, count, *(_percent(share, 1) for share in shares)))
+        name, sizes = shorten(of_runs[0][row]["name"], _LONGEST_CLASS), (f"{count[row]:,}" for count in counts[:alike])
+        rows.append((name, *sizes, *(_percent(share, 1) for share in shares)))
     lines = table([tuple(map(printable, row)) for row in rows], range(1, len(rows[0])), columns)
     more = f"the {len(order)} of {len(of_runs[0]):,} classes with the least recall; all are in evaluation.json"
     return [*lines, more] if many else lines
@@ -170,7 +174,7 @@ def _paths(pictures: Sequence[str]) -> Iterator[str]:
 def _rows_as(form: str, classes: Sequence[str], top: int) -> Callable[[str, list[tuple[str, float]]], None]:
     """What prints a row, of a picture's path and its most probable classes; the head is printed at once."""
     ranks, rows = range(2, min(top, len(classes)) + 1), csv.writer(sys.stdout, lineterminator="\n")
-    width, columns = min(max(map(len, classes)), _LONGEST_CLASS), room()
+    width, columns = min(max(map(len, ("class", *classes))), _LONGEST_CLASS), room()
 
     def line(picture: str, pairs: list[tuple[str, str]]) -> None:
         cells = (f"{shorten(name, width):<{width}}  {share:>7}" for name, share in pairs)
