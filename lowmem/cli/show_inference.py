@@ -64,7 +64,8 @@ def _summary(found: Sequence[Evaluation], columns: int | None) -> list[str]:
     top = any(one.top_error_pct is not None for one in found)
     rows = [("run", "weights", "on", "pictures", "loss", "error", *["top-5 error"] * top)]
     for one in found:
-        weights = f"{one.weights.stem}, epoch {one.info.epoch or '?'}"
+        own = one.weights.parent == one.run.path / "weights"
+        weights = f"{one.weights.stem if own else one.weights}, epoch {one.info.epoch or '?'}"
         errors = [_percent(error, 2) for error in (one.score.error_pct, one.top_error_pct)][: 1 + top]
         rows.append(
             (one.run.name, weights, one.tests.name, f"{one.score.count:,}", format_loss(one.score.loss), *errors)
@@ -77,11 +78,15 @@ def _by_class(found: Sequence[Evaluation], columns: int | None) -> list[str]:
     if len({one.classes for one in found}) > 1:
         return ["the runs tell apart different classes: each one's are in its evaluation.json"]
     runs = ["" if len(found) == 1 else f" {one.run.name}" for one in found]
-    rows = [("class", "pictures", *(f"{what}{run}" for run in runs for what in _SHARES))]
-    for of_runs in zip(*(one.by_class() for one in found), strict=True):
-        name, count = shorten(of_runs[0]["name"], _LONGEST_CLASS), f"{of_runs[0]['count']:,}"
+    by_class = [one.by_class() for one in found]
+    counts = [[one["count"] for one in classes] for classes in by_class]
+    alike = 1 if all(one == counts[0] for one in counts) else len(counts)  # columns of them
+    heads = ["pictures"] if alike == 1 else [f"pictures{run}" for run in runs]
+    rows = [("class", *heads, *(f"{what}{run}" for run in runs for what in _SHARES))]
+    for of_runs in zip(*by_class, strict=True):
+        name, sizes = shorten(of_runs[0]["name"], _LONGEST_CLASS), (f"{one['count']:,}" for one in of_runs[:alike])
         shares = (of_run[what] for of_run in of_runs for what in _SHARES)
-        rows.append((name, count, *(_percent(share and 100 * share, 1) for share in shares)))
+        rows.append((name, *sizes, *(_percent(share and 100 * share, 1) for share in shares)))
     return table([tuple(map(printable, row)) for row in rows], range(1, len(rows[0])), columns)
 
 
@@ -149,7 +154,7 @@ def _paths(pictures: Sequence[str]) -> Iterator[str]:
 def _rows_as(form: str, classes: Sequence[str], top: int) -> Callable[[str, list[tuple[str, float]]], None]:
     """What prints a row, of a picture's path and its most probable classes; the head is printed at once."""
     ranks, rows = range(2, min(top, len(classes)) + 1), csv.writer(sys.stdout, lineterminator="\n")
-    width, columns = min(max(map(len, classes)), _LONGEST_CLASS), room()
+    width, columns = min(max(map(len, ("class", *classes))), _LONGEST_CLASS), room()
 
     def line(picture: str, pairs: list[tuple[str, str]]) -> None:
         cells = (f"{shorten(name, width):<{width}}  {share:>7}" for name, share in pairs)

@@ -262,7 +262,7 @@ def describe_errors(live: Live) -> str:
     if not live.rows:
         return ""
     last = {kind: getattr(live.last, f"{kind}_error_pct") for kind in ("train", "val", "test")}
-    known = errors_of(live.rows)
+    known = errors_of(live.rows, live.events)
     best = known["best_error_pct"]
     return joined(
         *(error is not None and f"{kind} {error:.2f} %" for kind, error in last.items()),

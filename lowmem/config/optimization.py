@@ -56,7 +56,9 @@ class OptimConfig(Section):
         for name in others:
             usual = type(self).model_fields[name].default
             if getattr(self, name) != usual:
-                raise ValueError(f"{name} is {whose}'s, and kind is {self.kind}: leave it at {json.dumps(usual)}")
+                raise ValueError(
+                    f"{name} is {whose}'s, and kind is {self.kind}: it takes --set optim.{name}={json.dumps(usual)}"
+                )
         return self
 
 

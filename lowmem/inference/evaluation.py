@@ -168,8 +168,7 @@ def _in_order(found: TestSet, network: LoadedRun, path: Path) -> TestSet:
     ours, theirs = network.info.classes or (), tuple(text.encode("utf-8", "replace").decode() for text in found.classes)
     if {*ours} != {*theirs}:
         there, here = (
-            f"{counted(len(one), 'class')} ({name_some(sorted({*one} - {*other}) or sorted(one), _NAMED)})"
-            for one, other in ((theirs, ours), (ours, theirs))
+            f"{counted(len(one), 'class')}{_only_there(one, other)}" for one, other in ((theirs, ours), (ours, theirs))
         )
         raise UsageError(
             f"{found.name} has {there}, and the network of {path} tells apart {here}: give pictures of the same "
@@ -177,6 +176,11 @@ def _in_order(found: TestSet, network: LoadedRun, path: Path) -> TestSet:
         )
     label = torch.tensor(range(len(ours)) if ours == theirs else [ours.index(name) for name in theirs])
     return replace(found, classes=ours, pictures=replace(found.pictures, labels=label[found.pictures.labels]))
+
+
+def _only_there(one: Sequence[str], other: Sequence[str]) -> str:
+    names = sorted({*one} - {*other})
+    return f" (other ones: {name_some(names, _NAMED)})" if names else ""
 
 
 def _score(

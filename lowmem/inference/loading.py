@@ -97,8 +97,9 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
     folder `best`, `last`, or a file; `device`: `auto`, `cuda` or `cpu`.
 
     Raises UsageError for what is no run and weights that are not there; CorruptCheckpoint for weights that cannot be
-    read or are another network's; PreflightError for a device that is not there, weights that do not say what is
-    needed, and for a network of a Python file that is not as it was recorded (it is not run then)."""
+    read, are another network's, or for pictures of another size or colour than the run's; PreflightError for a device
+    that is not there, weights that do not say what is needed, and for a network of a Python file that is not as it was
+    recorded (it is not run then)."""
     path = Path(path)
     if path.is_file():
         if weights != "best":
@@ -126,11 +127,18 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
         raise CorruptCheckpoint(
             f"{file} is another network's than {settings.words} ({why}): name the run's own weights"
         ) from None
+    its = _pictures(channels, info.image_size)
+    if config is not None and its != (own := _pictures(config.data.channels, config.data.image_size)):
+        raise CorruptCheckpoint(f"{file} is for {its}, and {path} has {own}: name the run's own weights")
     model = make_network(settings, len(info.classes), channels=channels, seed=0)
     model.load_state_dict(tensors)
     fit = info.fit or ("crop" if config is None else config.data.fit)
     pictures = DataConfig.model_construct(source=info.data, image_size=info.image_size, channels=channels, fit=fit)
     return LoadedRun(model.to(on).eval(), info, config, file, on, pictures, Normalizer(info.mean, info.std, on))
+
+
+def _pictures(channels: int, size: int) -> str:
+    return f"{'grey' if channels == 1 else 'RGB'} pictures of {size}x{size}"
 
 
 def _read(file: Path) -> WeightsInfo:

@@ -10,7 +10,7 @@ to come: so nothing may change which those are.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -333,7 +333,7 @@ class Fork(New):
     def _draw(self, run: Path) -> None:
         """report/learning_rate.png of the new run."""
         try:
-            from lowmem.report.figures import draw_rate_curve  # matplotlib
+            from lowmem.report.figures import draw_rate_curve, stairs  # matplotlib
         except ImportError as error:
             raise PreflightError(f"the fork's picture cannot be drawn ({error}): install matplotlib with pip") from None
         try:
@@ -341,10 +341,13 @@ class Fork(New):
         except LowmemError:
             rows = ()  # the rows of the fork itself have been read by now; this is only the picture
         last, fork_at = self._point.position.epoch, self._carried.step / self._steps
-        past = [(row.epoch - 1, row.lr) for row in rows if row.lr is not None and row.epoch <= last]
-        before, after = (_to_the_end(curve.points, curve.end) for curve in self._rates)
+        smooth = self._old.schedule.kind != "steps"  # a row has the rate of its epoch's last step
+        past = [(float(row.epoch - (not smooth)), row.lr) for row in rows if row.lr is not None and row.epoch <= last]
+        if past and not smooth:
+            past = stairs([*past, (fork_at, past[-1][1])])
+        before, after = (curve.line for curve in self._rates)
         title = f"Learning rate of {run.name}, a fork of {self._run.name}"
-        png = draw_rate_curve(title, _to_the_end(past, fork_at), before, after, fork_at)
+        png = draw_rate_curve(title, past, before, after, fork_at)
         with disk_errors(run / "report" / "learning_rate.png") as path:
             path.parent.mkdir(exist_ok=True)
             write_bytes_atomic(path, png)
@@ -356,8 +359,3 @@ def _describe_files(before: object, after: object) -> str:
     assert isinstance(after, dict)
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return f"model.sha256: the network's files are other ones: {', '.join(differing)}"
-
-
-def _to_the_end(points: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:
-    """With the last value once more, at the end: steps are drawn from point to point."""
-    return [*points, (end, points[-1][1])] if points else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ def read_initial(file: Path) -> InitialWeights:
         else:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        why = shorten(first_line(error), 200)
+        # What torch has to say is how to run what is in it.
+        odd = isinstance(error, pickle.UnpicklingError)
+        why = "it cannot be read, or wants code run" if odd else shorten(first_line(error), 200)
         raise PreflightError(
             f"{file} is no file of weights alone, and nothing else is run ({why}): {way_out}"
         ) from None

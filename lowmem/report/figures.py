@@ -244,7 +244,7 @@ def _draw_gradients(runs: Sequence[NamedRun], count: int, file_name: str, title:
 def draw_rate_curve(title: str, past: Points, before: Points, after: Points, fork_at: float) -> bytes:
     """The learning rate of a fork as it was, as it would have gone on, and as it goes on: a PNG.
 
-    Each curve: (epochs done, rate from there on), its last point repeating the rate at the end; any may be empty.
+    Each curve: (epochs done, rate), drawn from point to point (`stairs`, of rates that hold); any may be empty.
     `fork_at`: epochs done at the fork.
     """
     limits = log_limits([rate for points in (past, before, after) for _, rate in points if rate > 0] or [1.0])
@@ -255,7 +255,7 @@ def draw_rate_curve(title: str, past: Points, before: Points, after: Points, for
         (after, LineStyle(style.MEASURED, width=2.0), "after the fork", False),
     ):
         label = words if inside or not points else f"{words}  {points[-1][1]:.3g}"
-        series.append(Series(stairs(points), look, label, inside=inside))
+        series.append(Series(points, look, label, inside=inside))
     chart = Chart(
         title=title,
         x_title="epochs done",

@@ -291,7 +291,7 @@ def summarize(path: Path) -> RunSummary:
         config, rows = run.config, run.epochs
         epoch, step = position_of(run.checkpoints, rows)
         notes, state = tuple(run.notes), run.state
-        known |= {"config": config, "epoch": epoch, "step": step, **errors_of(rows)}
+        known |= {"config": config, "epoch": epoch, "step": step, **errors_of(rows, run.events)}
         words: Any = {"finished early": "finished", "out of time": "stopped"}.get(state, state)
         words = words if words in ("finished", "stopped") else "interrupted" if step else "never started"
         if not run.checkpoints and (rows or trouble) and words != "finished":
@@ -303,15 +303,18 @@ def summarize(path: Path) -> RunSummary:
     return RunSummary(state=words if writer is None else "training", trouble=trouble, **known)
 
 
-def errors_of(rows: tuple[EpochRow, ...]) -> dict[str, Any]:
-    """The fields of `RunSummary` on errors; none before the first epoch."""
+def errors_of(rows: tuple[EpochRow, ...], events: Sequence[Event]) -> dict[str, Any]:
+    """The fields of `RunSummary` on errors; none before the first epoch. The best is one of the epochs since a fork, as
+    the best weights are."""
     if not rows:
         return {}
     on = "val" if any(row.val_error_pct is not None for row in rows) else "test"
     errors = [(getattr(row, f"{on}_error_pct"), row.epoch) for row in rows]
     finite = [(error, epoch) for error, epoch in errors if error is not None and math.isfinite(error)]
     last = finite[-1][0] if finite[-1:] == errors[-1:] else None
-    best = min(finite, default=(None, None))
+    forks = (event.detail.get("epoch") for event in events if event.kind == "fork")
+    since = max((epoch for epoch in forks if isinstance(epoch, int)), default=0)
+    best = min((one for one in finite if one[1] > since), default=(None, None))
     return {"error_on": on, "last_error_pct": last, "best_error_pct": best[0], "best_epoch": best[1]}
 
 

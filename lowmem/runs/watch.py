@@ -155,7 +155,9 @@ class Live:
         self.rows = _grown(self.rows, metrics)
         logged = News(tuple(row for row in steps.items if row.loss is not None), steps.anew)
         self.logged = _grown(self.logged, logged, _KEPT_LOSSES)
-        self.events = _grown(self.events, events, _KEPT_EVENTS)
+        grown = _grown(self.events, events)
+        forks = (event for event in grown[:-_KEPT_EVENTS] if event.kind == "fork")  # the best is of the epochs since
+        self.events = (*forks, *grown[-_KEPT_EVENTS:])
         self.last = self.rows[-1] if self.rows else EpochRow(epoch=0, step=0)
         self.step = self._newest_step()
         if steps.anew or metrics:

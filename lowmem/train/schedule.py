@@ -86,10 +86,12 @@ def next_low_start(config: Config, low_start: bool, train_error_pct: float) -> b
 
 @dataclass(frozen=True)
 class RateCurve:
-    """`points`: (epochs done, rate from there on), rising; `end`: epochs of the run. `smooth`: the rate changes with
-    every step, and the points are samples."""
+    """`points`: (epochs done, rate from there on), rising; `line`: the same for a picture, with the rate of the last
+    step before each and before the `end`, the epochs of the run. `smooth`: the rate changes with every step, and the
+    points are samples."""
 
     points: tuple[tuple[float, float], ...]
+    line: tuple[tuple[float, float], ...]
     end: int
     smooth: bool = False
 
@@ -109,11 +111,16 @@ def rate_curve(config: Config, steps_per_epoch: int, begin: int, *, low_start: b
     every = (*range(0, rise if kind == "steps" else end, steps_per_epoch), *([rise - 1] if rise else []))
     smooth = kind != "steps" or begin < rise - 1
     points: list[tuple[float, float]] = []
-    for step in (begin, *sorted({*milestones, *every})):
+    line: list[tuple[float, float]] = []
+    for step in (begin, *sorted({*milestones, *every}), end):
+        if begin < step <= end:
+            rate = learning_rate(config, steps_per_epoch, step - 1, low_start=low_start) * scale
+            line.append((step / steps_per_epoch, rate))
         rate = learning_rate(config, steps_per_epoch, step, low_start=low_start) * scale
         if begin <= step < end and (not points or points[-1][1] != rate):
             points.append((step / steps_per_epoch, rate))
-    return RateCurve(tuple(points), config.train.epochs, smooth)
+            line.append(points[-1])
+    return RateCurve(tuple(points), tuple(line), config.train.epochs, smooth)
 
 
 def side_by_side(before: RateCurve, after: RateCurve) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,14 @@ def test_pictures_of_other_classes_are_refused(run: Path, tmp_path: Path, capsys
         Image.new("RGB", (40, 40)).save(tmp_path / name / "0.png")
     assert _run(["evaluate", str(run), "--data", f"folder:{tmp_path}"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "2 classes (cat, dog)" in last
-    assert "10 classes (" in last
+    assert "has 2 classes (other ones: cat, dog), and the network" in last
+    assert re.search(r"tells apart 10 classes \(other ones: \w+, \w+, \w+ and 7 more\): give", last)
+    names = load(tiny(*DATA).config.data, 0).classes[:4]
+    for name in names:
+        (tmp_path / "some" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "some" / name / "0.png")
+    assert _run(["evaluate", str(run), "--data", f"folder:{tmp_path / 'some'}"]) == 2
+    assert "has 4 classes, and the network" in capsys.readouterr().err
 
 
 def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +181,22 @@ def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path, capsys: pyte
     assert _run(["evaluate", str(other), "--weights", "last", "--json"]) == 0
     ((found),) = json.loads(capsys.readouterr().out)
     assert (found["run"], found["loss"]) == (str(other), read_run(run).epochs[-1].test_loss)
+
+
+def test_runs_of_unlike_pictures_and_weights_of_another(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fewer = tmp_path / "fewer"
+    run_training(tiny(*DATA[:1], "data.test_subset=30", "train.epochs=1"), fewer, Heard())
+    assert _run(["evaluate", str(copy_run(run, tmp_path / "run")), str(fewer)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head, *rows = lines[next(n for n, line in enumerate(lines) if line.startswith("class")) :][:11]
+    assert head.split()[:5] == ["class", "pictures", "run", "pictures", "fewer"]
+    counts = [[int(count) for count in row.split()[1:3]] for row in rows]
+    assert [sum(column) for column in zip(*counts, strict=True)] == [50, 30]
+    file = run / "weights" / "best.safetensors"
+    assert _run(["evaluate", str(fewer), "--weights", str(file)]) == 0
+    assert f"fewer  {file}, epoch" in capsys.readouterr().out  # and not `best`, which is its own
 
 
 def test_what_differs_from_training_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

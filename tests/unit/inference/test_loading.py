@@ -175,6 +175,13 @@ def test_a_file_of_weights_runs_no_code(own: Path) -> None:
         load_run(own / "weights/best.safetensors")
 
 
+def _grey(tensors: dict[str, np.ndarray], run: Path, file: Path) -> Path:
+    """Weights of the same network for grey pictures."""
+    info = load_run(run).info.model_copy(update={"mean": (0.5,), "std": (0.2,)})
+    save_file({**tensors, "conv1.weight": tensors["conv1.weight"][:, :1].copy()}, file, info.to_metadata())
+    return file
+
+
 def _refusals(run: Path, own: Path, folder: Path) -> list[tuple[type[LowmemError], str, tuple[Path, ...]]]:
     tensors, info = load_file(run / "weights/best.safetensors"), load_run(run).info
     odd = {"text": {}, "unknown": info.model_copy(update={"arch": "res21"}).to_metadata()}
@@ -183,6 +190,7 @@ def _refusals(run: Path, own: Path, folder: Path) -> list[tuple[type[LowmemError
     odd["constant"] = info.model_copy(update={"std": (0.2, 0.2, 0.0)}).to_metadata()
     odd["grey"] = info.model_copy(update={"mean": (0.5,)}).to_metadata()
     odd["large"] = info.model_copy(update={"image_size": 1 << 40}).to_metadata()
+    odd["small"] = info.model_copy(update={"image_size": 16}).to_metadata()
     for name, metadata in odd.items():
         save_file(tensors, folder / name, metadata)
     (folder / "cut").write_bytes((run / "weights/best.safetensors").read_bytes()[:-1])
@@ -196,6 +204,8 @@ def _refusals(run: Path, own: Path, folder: Path) -> list[tuple[type[LowmemError
         (CorruptCheckpoint, r"pictures of side 1099511627776", (folder / "large",)),
         (CorruptCheckpoint, r"cut cannot be used \(has [\d,]+ bytes", (folder / "cut",)),
         (CorruptCheckpoint, r"another network's than my_net.py:Net", (own, run / "weights/best.safetensors")),
+        (CorruptCheckpoint, r"for RGB pictures of 16x16, and \S+ has RGB pictures of 32x32", (run, folder / "small")),
+        (CorruptCheckpoint, r"for grey pictures of 32x32, and \S+ has RGB", (run, _grey(tensors, run, folder / "one"))),
         (UsageError, r"is a file of weights already", (folder / "wider", folder / "cut")),
         (UsageError, r"does not exist", (folder / "nowhere",)),
     ]

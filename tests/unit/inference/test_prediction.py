@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.cli.main import _run
+from lowmem.cli.show_inference import _rows_as
 from lowmem.config.settings import gather
 from lowmem.inference import load_run
 from lowmem.inference.prediction import predict
@@ -175,6 +176,13 @@ def test_the_network_of_a_file_on_larger_pictures(
     for row in csv.DictReader(io.StringIO(out)):
         assert row["class"] == expected[row["picture"]]["prediction"]
         assert float(row["probability"]) == pytest.approx(float(expected[row["picture"]]["probability"]), rel=1e-5)
+
+
+def test_classes_of_short_names_have_a_whole_head(capsys: pytest.CaptureFixture[str]) -> None:
+    _rows_as("table", ("cat", "dog"), 2)("a.png", [("cat", 0.75), ("dog", 0.25)])
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["class", "or", "picture"]
+    assert head.index("picture") == row.index("a.png")
 
 
 def test_an_unknown_format_is_refused(run: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:

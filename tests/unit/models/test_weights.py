@@ -59,11 +59,13 @@ def test_nothing_of_a_file_is_run(tmp_path: Path) -> None:
 
 def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("no tensors")
+    (tmp_path / "text.csv").write_text("picture,class\n")
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     for name, words in {
         "gone.pt": "cannot be read (No such file",
         "text.safetensors": "no file of weights alone",
+        "text.csv": "is run (it cannot be read, or wants code run): give --init",  # torch has advice to run it
         "empty.pt": "no file of weights alone",
         "list.pt": "holds no tensors by name",
     }.items():

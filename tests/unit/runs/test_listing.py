@@ -19,8 +19,9 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import read_position
 from lowmem.runs.lock import writer_of
+from lowmem.runs.rows import Event
 from lowmem.runs.store import RunFolder, most_checkpoints, run_bytes
-from lowmem.runs.view import RunSummary, list_runs, summarize
+from lowmem.runs.view import RunSummary, RunView, errors_of, list_runs, summarize
 from tests.unit.report.fake_runs import write_run
 
 
@@ -100,6 +101,10 @@ def test_errors_and_size(runs: Path) -> None:
     errors = [float(line[header.index("test_error_pct")]) for line in lines]
     assert (run.error_on, run.last_error_pct, run.best_error_pct) == ("test", errors[-1], min(errors))
     assert run.best_epoch == errors.index(min(errors)) + 1
+    rows = RunView(runs / "finished").epochs
+    fork = Event("fork", None, {"epoch": 1})  # the best weights are chosen anew from there on
+    assert errors_of(rows, (fork,))["best_error_pct"] == min(errors[1:])
+    assert errors_of(rows[:1], (fork,))["best_error_pct"] is None
     files = [path for path in (runs / "finished").rglob("*") if path.is_file()]
     assert run.size_bytes == sum(path.stat().st_size for path in files)
 

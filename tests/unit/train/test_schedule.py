@@ -163,6 +163,20 @@ def test_a_warm_up_is_drawn_epoch_by_epoch() -> None:
     assert not rate_curve(config, 10, 29, low_start=False).smooth
 
 
+def test_a_picture_has_the_last_step_before_each_point() -> None:
+    """Corners of a line that holds; of a smooth one its end too, where the rate is zero."""
+    held = rate_curve(_config(), 391, 391 * 12, low_start=False)
+    assert held.line == ((12, 0.1), (81, 0.1), (81, 0.01), (122, 0.01), (122, 0.001), (164, 0.001))
+    config = _config(schedule__kind="one-cycle", train__epochs=3)
+    at, rates = zip(*rate_curve(config, 10, 20, low_start=False).line, strict=True)
+    assert at == (2, 3)
+    assert rates == (learning_rate(config, 10, 20, low_start=False), learning_rate(config, 10, 29, low_start=False))
+    assert rates[1] == 0
+    assert rate_curve(config, 10, 30, low_start=False).line == ()  # it is over
+    two = _config(schedule__kind="one-cycle", train__epochs=2)  # of four steps, the first of which is all of the rise
+    assert [at for at, _ in rate_curve(two, 2, 0, low_start=False).line] == [0, 1, 1, 2]
+
+
 def test_only_where_it_changes() -> None:
     curve = rate_curve(_config(), 391, 391 * 12, low_start=False)
     assert curve.points == ((12, 0.1), (81, 0.01), (122, 0.001))
