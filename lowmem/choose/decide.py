@@ -281,7 +281,7 @@ def _budget(config: Config) -> tuple[object, ...]:
 
 def _basis(config: Config) -> tuple[object, ...]:
     train = config.train
-    computed = (train.batch, train.micro_batch, train.precision, train.memory_format, config.optim.work)
+    computed = (train.batch, train.micro_batch, train.precision, train.memory_format, train.sync_bn, config.optim.work)
     loss = (train.label_smoothing > 0, config.data.mixup > 0)
     kernels = (train.device, train.batch_norm, train.tf32, train.deterministic, train.freeze)
     # The pictures lie on the card beside the step.

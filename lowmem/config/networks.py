@@ -4,7 +4,8 @@ torch.
 
 A file is code. A run records a hash of it and of the files beside it that it imports, and `refuse_changed_files` is
 asked before any of them is run again. Known limitation: a hash tells that a file is the one that was recorded, not who
-wrote it: resuming or verifying a run that somebody else made runs the file that it names.
+wrote it: resuming, verifying or evaluating a run that somebody else made runs the file that it names, if there is one
+at that path. What no run records names none: a relative path, and a file in the run's own folder.
 """
 
 from __future__ import annotations
@@ -111,6 +112,14 @@ def file_of(spec: str | None) -> Path | None:
     """The file that has the network; None for a library's, and for none."""
     place = None if spec is None else split_spec(spec)[0]
     return None if place is None or place in LIBRARIES else Path(place)
+
+
+def is_recorded(spec: str, run: Path) -> bool:
+    """Whether the `run` may have recorded that: no file, or one by its absolute path that is not in its own folder.
+    Else whoever made the folder could bring the file along."""
+    place = split_spec(spec)[0]
+    outside = not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(run))
+    return place in LIBRARIES or (os.path.isabs(place) and outside)
 
 
 def short_name(spec: str) -> str:

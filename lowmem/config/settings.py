@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from lowmem.config.catalogue import catalogue, nearest
+from lowmem.config.networks import is_recorded
 from lowmem.config.schema import (
     BEFORE,
     OF_THE_WEIGHTS,
@@ -260,6 +261,8 @@ def from_yaml(path: Path) -> Settings:
         if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
             raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
         config = validate(flat, dict.fromkeys(flat, str(path)))
+        if config.model.spec is not None and not is_recorded(str(flat["model.spec"]), path.parent):
+            config = validate({**flat, "model.sha256": {}}, {})  # without a hash it is not run
     except LowmemError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UsageError(f"the run's settings cannot be used: {where}{shorten(error, 500)}") from None

@@ -37,7 +37,7 @@ from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.replica import REFROZEN, exact_settings, identity_of
+from lowmem.train.replica import ANOTHER_OPTIMIZER, REFROZEN, exact_settings, identity_of
 from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low, warmup_epochs
 
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
@@ -238,6 +238,8 @@ class Fork(New):
         state = {"run": asdict(now), "identity": identity, "settings": exact_settings(new)}
         if "train.freeze" in self._changes:
             state[REFROZEN] = {"was": list(self._old.train.freeze)}
+        if self._old.optim.work != new.optim.work:
+            state[ANOTHER_OPTIMIZER] = {"was": self._old.optim.kind}
         self._carried = replace(old, step=now.step, state=state)
         # The rate from the fork on, as it would have been and as it is. The old run's steps an epoch follow from where
         # its checkpoint is.

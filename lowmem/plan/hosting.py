@@ -222,12 +222,12 @@ def fastest(
     items, line = best
     found = evaluate(with_host(Schedule(tuple(items)), line), chain)
     assert found.peak_bytes <= budget_bytes, "the timeline and the cost model count alike"
-    plain = chain.plain_seconds
+    plain, moving = chain.plain_seconds, terms.rates.seconds(line.host_bytes)
     return replace(
         found,
         seconds=seconds,
         overhead=None if plain is None else (line.seconds - plain) / (plain + chain.outside_seconds),
         waiting_seconds=line.waiting_seconds,
         host_bytes=line.host_bytes,
-        hidden_share=max(0.0, 1 - line.waiting_seconds / terms.rates.seconds(line.host_bytes)),
+        hidden_share=max(0.0, 1 - line.waiting_seconds / moving) if moving else None,
     )

@@ -45,7 +45,8 @@ from lowmem.step.train_step import (
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
 
-REFROZEN = "refrozen"  # of a checkpoint's state: other parameters were trained before
+# Of a checkpoint's state, that a fork begins with: other parameters were trained before; another optimizer did it.
+REFROZEN, ANOTHER_OPTIMIZER = "refrozen", "another optimizer"
 
 
 class Replica:
@@ -249,17 +250,20 @@ def _slots(model: nn.Module, step: TrainStep) -> dict[str, Tensor]:
 
 
 def _restore_slots(checkpoint: Checkpoint, model: nn.Module, step: TrainStep) -> None:
-    """In place. A slot that the checkpoint has of no parameter begins anew, and what is not kept any more is left out:
-    a fork may change the optimizer; where it says (REFROZEN) that it changes what is frozen, those of a parameter that
-    was frozen begin anew too. Raises CorruptCheckpoint."""
+    """In place. What is not kept any more is left out. Where a fork says that it changes the optimizer, a slot that the
+    checkpoint has of no parameter begins anew; where it changes what is frozen, those of a parameter that was frozen
+    do. Raises CorruptCheckpoint."""
     kept, saved = _slots(model, step), checkpoint.optimizer
     kinds, theirs = ({key.partition("/")[0] for key in slots} for slots in (kept, saved))
     frozen = {name for name, one in model.named_parameters(remove_duplicate=False) if not one.requires_grad}
     trained, refrozen = {key.partition("/")[2] for key in saved}, bool(checkpoint.state.get(REFROZEN))
+    # The first checkpoints of older versions have no momentum yet.
+    anew = bool(checkpoint.state.get(ANOTHER_OPTIMIZER)) or not (saved or kinds - {"momentum_buffer"})
     for key in sorted(kept.keys() ^ saved.keys()):
         slot, _, name = key.partition("/")
         changed = refrozen and (name in frozen if key in saved else name not in trained)
-        if (slot in kinds & theirs and not changed) or slot not in SLOTS:
+        lost = slot not in theirs and not anew
+        if (slot in kinds & theirs and not changed) or lost or slot not in SLOTS:
             here = f"the network has {counted(len(dict(model.named_parameters())), 'parameter')}"
             raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} is on one side only: {here}")
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -96,3 +96,7 @@ def test_recorded_plans_for_less_for_fewer_processes_and_for_forks(
     assert (fork.batch, fork.budget_bytes) == (64, 9 * MIB)
     other_kernels = settings.replace({"train.deterministic": False}, "fork")
     assert decide(other_kernels, recorded=replace(run, fork=True)).changed, "they have workspaces of their own"
+    joint_norms = settings.replace({"train.sync_bn": True}, "fork")
+    assert decide(joint_norms, recorded=replace(run, fork=True)).changed, (
+        "they have sums and a communicator of their own"
+    )

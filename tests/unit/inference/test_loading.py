@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import lowmem
+from lowmem.config.networks import hash_of
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import CorruptCheckpoint, DataError, LowmemError, PreflightError, UsageError
 from lowmem.data import eval_batches, load
@@ -148,6 +149,25 @@ def test_a_changed_file_is_not_run(own: Path, tmp_path: Path) -> None:
     assert refused.value.exit_code == 3
     assert not ran.exists()
     assert load_run(own).model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("where", ["beside", "inside"])
+def test_a_file_that_came_with_the_run_is_not_run(
+    where: str, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a relative path, or in the run's folder: whoever made that made it too, and its hash."""
+    run, ran = tmp_path / "run", tmp_path / "ran"
+    shutil.copytree(own, run)
+    file = tmp_path / "my_net.py" if where == "beside" else run / "my_net.py"
+    file.write_text(f"{NET}\nopen({str(ran)!r}, 'w').close()\n")
+    config, old = (run / "config.yaml").read_text(), own.parent / "my_net.py"
+    config = config.replace(hash_of(old.read_bytes()), hash_of(file.read_bytes()))
+    config = config.replace(str(old), "my_net.py" if where == "beside" else str(file))
+    (run / "config.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PreflightError, match=r"no hash of \S*my_net.py is recorded, and it is not run without"):
+        load_run(run)
+    assert not ran.exists()
 
 
 def test_a_file_of_weights_runs_no_code(own: Path) -> None:

@@ -311,3 +311,14 @@ def test_the_optimizers_step_bounds_the_budget_too() -> None:
     with pytest.raises(Infeasible) as caught:
         solver.solve(9_999)
     assert "step of the optimizer" in caught.value.what
+
+
+def test_a_schedule_that_moves_nothing_has_no_transfer_to_hide() -> None:
+    """Nothing of the chain may wait, and by exact bytes a candidate fits where the table, in slots, has none."""
+    rng = random.Random(139)
+    chain = random_chain(rng, rng.randint(2, 6), 3, dropping=rng.random() < 0.5)
+    chain = scaled(chain, rng)
+    least = Solver(chain).least().peak_bytes
+    found = HostSolver(chain, terms(1.0)).solve(least - 1)
+    assert (found.host_bytes, found.hidden_share) == (0, None)
+    assert found.waiting_seconds == 0

@@ -14,7 +14,7 @@ from lowmem.models import build
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
-from lowmem.train.replica import capture, cpu_copy, restore, weights_of
+from lowmem.train.replica import ANOTHER_OPTIMIZER, capture, cpu_copy, restore, weights_of
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -92,7 +92,7 @@ def test_what_was_captured_is_restored(optim: OptimConfig) -> None:
 def test_another_optimizer_begins_anew() -> None:
     """And the mean of the weights with those that are restored. What the other kept is left out."""
     saved = _saved(SGD)
-    back = _restored(saved, ADAMW)
+    back = _restored(replace(saved, state={**saved.state, ANOTHER_OPTIMIZER: {"was": "sgd"}}), ADAMW)
     kinds: dict[str, set[str]] = {}
     for key in back.optimizer:
         slot, _, name = key.partition("/")
@@ -117,6 +117,20 @@ def test_a_state_that_is_not_whole_is_refused(damage: dict[str, Tensor | None]) 
     slots = {name: tensor for name, tensor in {**saved.optimizer, **damage}.items() if tensor is not None}
     with pytest.raises(CorruptCheckpoint, match=next(iter(damage))):
         _restored(replace(saved, optimizer=slots), ADAMW)
+
+
+@pytest.mark.parametrize("slot", ["exp_avg", "step", "ema"])
+def test_a_state_that_lost_all_of_a_kind_is_refused(slot: str) -> None:
+    saved = _saved(ADAMW)
+    slots = {name: tensor for name, tensor in saved.optimizer.items() if not name.startswith(f"{slot}/")}
+    for left in (slots, {}):
+        with pytest.raises(CorruptCheckpoint, match="is on one side only"):
+            _restored(replace(saved, optimizer=left), ADAMW)
+
+
+def test_an_older_first_checkpoint_has_no_momentum() -> None:
+    back = _restored(replace(_saved(SGD), optimizer={}), SGD)
+    assert not any(tensor.any() for tensor in back.optimizer.values())
 
 
 def test_the_mean_of_weights_with_two_names_is_exported_under_both() -> None:
