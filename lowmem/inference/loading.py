@@ -32,7 +32,6 @@ from lowmem.runs.weights import WeightsInfo, read_weights
 
 Picture = str | Path | Image.Image
 MOST_IMAGE_SIZE = 1024  # as of `DataConfig`
-_NEEDED = ("data", "classes", "image_size", "mean", "std")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +109,9 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
         file = path / "weights" / f"{weights}.safetensors" if weights in ("best", "last") else Path(weights)
     info = _read(file)
     if not (info.data and info.classes and info.image_size and info.mean and info.std):
-        lacking = [name for name in _NEEDED if not getattr(info, name)]
         raise PreflightError(
-            f"{file} does not say its {' and '.join(lacking)} (an older lowmem wrote it, or another program): train an "
-            "epoch more with this one, which writes it anew"
+            f"{file} does not say its data, classes, picture size, mean and deviation (an older lowmem wrote it, or "
+            "another program): train an epoch more with this one, which writes it anew"
         )
     settings = _network_of(file, info) if config is None else config.model
     refuse_changed_files(settings.spec, settings.sha256)
@@ -123,10 +121,8 @@ def load_run(path: str | Path, weights: str | Path = "best", device: str = "auto
     try:  # on `meta` first: a stranger's file may name one that fits no memory
         make_network(settings, len(info.classes), channels=channels).load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        why = shorten(error)
-        raise CorruptCheckpoint(
-            f"{file} is another network's than {settings.words} ({why}): name the run's own weights"
-        ) from None
+        said = f"{file} is another network's than {settings.words} ({shorten(error)})"
+        raise CorruptCheckpoint(f"{said}: name the run's own weights") from None
     its = _pictures(channels, info.image_size)
     if config is not None and its != (own := _pictures(config.data.channels, config.data.image_size)):
         raise CorruptCheckpoint(f"{file} is for {its}, and {path} has {own}: name the run's own weights")

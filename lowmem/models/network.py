@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from lowmem.config.networks import file_of
 from lowmem.config.schema import Config, ModelConfig
 from lowmem.core.counter_rng import derive_seed
-from lowmem.core.errors import LowmemError, PreflightError
+from lowmem.core.errors import LowmemError, PreflightError, first_line
 from lowmem.core.units import counted
 from lowmem.models import resnet
 from lowmem.models.freezing import freeze as freeze_parts
-from lowmem.models.source import construct, file_hashes, first_line, generators_at
+from lowmem.models.source import construct, file_hashes, generators_at
 
 Recipe = Mapping[str, Any]
 _TRIED = 2  # pictures, the least that batch norm takes

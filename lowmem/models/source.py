@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lowmem.config.networks import describe, file_of, hash_of, read_file, refuse_changed_files, split_spec
-from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.errors import PreflightError, UsageError, first_line
 from lowmem.core.reading import shorten
 
 _PREFIX = "lowmem_network_"  # of the names of modules that are files of networks
@@ -241,9 +241,3 @@ def _line_in(error: BaseException, file: Path) -> str:
         at = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(file) else at
         trace = trace.tb_next
     return "" if at is None else f", line {at}"
-
-
-def first_line(error: BaseException) -> str:
-    """In one line, for a message."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return shorten(f"{type(error).__name__}: {first}" if first else type(error).__name__, 300)

@@ -195,7 +195,7 @@ def _refusals(run: Path, own: Path, folder: Path) -> list[tuple[type[LowmemError
         save_file(tensors, folder / name, metadata)
     (folder / "cut").write_bytes((run / "weights/best.safetensors").read_bytes()[:-1])
     return [
-        (PreflightError, r"does not say its data and classes and image_size and mean and std", (folder / "text",)),
+        (PreflightError, r"does not say its data, classes, picture size, mean and deviation", (folder / "text",)),
         (CorruptCheckpoint, r"says of itself what cannot be", (folder / "unknown",)),
         (PreflightError, r"does not say what network it is of", (folder / "none",)),
         (CorruptCheckpoint, r"is another network's than res20 \(basic, width 4096\)", (folder / "wider",)),
