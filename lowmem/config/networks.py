@@ -114,12 +114,14 @@ def file_of(spec: str | None) -> Path | None:
     return None if place is None or place in LIBRARIES else Path(place)
 
 
-def is_recorded(spec: str, run: Path) -> bool:
-    """Whether the `run` may have recorded that: no file, or one by its absolute path that is not in its own folder.
-    Else whoever made the folder could bring the file along."""
-    place = split_spec(spec)[0]
-    outside = not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(run))
-    return place in LIBRARIES or (os.path.isabs(place) and outside)
+def vouched(spec: str, sha256: Mapping[str, str], run: Path) -> dict[str, str]:
+    """The hashes in a `run` that says it is of `spec`; an empty one of the network's file, which no file has, where it
+    has none, and where lowmem would not have recorded that: a relative path, or a file in the run's own folder. Whoever
+    made the folder could bring that along."""
+    if (file := file_of(spec)) is None:
+        return dict(sha256)
+    inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(run))
+    return {file.name: "", **({} if inside or not os.path.isabs(file) else sha256)}
 
 
 def short_name(spec: str) -> str:
@@ -196,7 +198,7 @@ def refuse_changed_files(spec: str | None, sha256: Mapping[str, str]) -> None:
     if (file := file_of(spec)) is None or spec is None:
         return
     way_out = f"put it back, or go on in a new run with `lowmem fork` and --model FILE.py:{split_spec(spec)[1]}"
-    if file.name not in sha256:
+    if not sha256.get(file.name):
         raise PreflightError(f"no hash of {file} is recorded, and it is not run without: {way_out}")
     for name, recorded in sha256.items():
         path = file.parent / name

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from lowmem.config.catalogue import catalogue, nearest
-from lowmem.config.networks import is_recorded
+from lowmem.config.networks import vouched
 from lowmem.config.schema import (
     BEFORE,
     OF_THE_WEIGHTS,
@@ -261,8 +261,9 @@ def from_yaml(path: Path) -> Settings:
         if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
             raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
         config = validate(flat, dict.fromkeys(flat, str(path)))
-        if config.model.spec is not None and not is_recorded(str(flat["model.spec"]), path.parent):
-            config = validate({**flat, "model.sha256": {}}, {})  # without a hash it is not run
+        if config.model.spec is not None:
+            found = vouched(str(flat["model.spec"]), config.model.sha256, path.parent)
+            config = config if found == config.model.sha256 else validate({**flat, "model.sha256": found}, {})
     except LowmemError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UsageError(f"the run's settings cannot be used: {where}{shorten(error, 500)}") from None

@@ -14,6 +14,7 @@ from lowmem.measure.outline import is_outline
 from lowmem.plan.policy import GRADS, OUTPUT, Host
 from lowmem.remat.links import ALIGNMENT_BYTES, HostLink, OutlineLink, Ticket, cpu_link, fills_its_memory
 from lowmem.remat.links_cuda import cuda_link
+from lowmem.remat.operation import has_hooks
 
 
 def link_for(x: Tensor) -> HostLink:
@@ -34,8 +35,8 @@ class Holder(Protocol):
 
 def grad_may_wait(parameter: Tensor) -> bool:
     """Whether a parameter's gradient is `.grad` alone, from when it is complete, and worth moving."""
-    hooks = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    return parameter.requires_grad and parameter.is_leaf and not hooks and parameter.nbytes >= ALIGNMENT_BYTES
+    alone = parameter.requires_grad and parameter.is_leaf and not has_hooks(parameter)
+    return alone and parameter.nbytes >= ALIGNMENT_BYTES
 
 
 @dataclass(eq=False)

@@ -42,8 +42,7 @@ class PassState:
     uses: dict[int, int] = field(default_factory=dict)  # by identity: how many gradients are still to come
     sums: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     # Gradients that autograd is given, to do with them what it does: by the parameter's identity. All of them if
-    # somebody asked for some (`torch.autograd.grad`); else those of parameters that are made of others, or whose hooks
-    # change them.
+    # somebody asked for some (`torch.autograd.grad`); else those of parameters that are made of others, or have hooks.
     asked: bool = False
     returned: dict[int, Tensor] = field(default_factory=dict)
     cast_once: bool = True  # autocast's cache is on
@@ -76,7 +75,7 @@ class PassState:
         self._deliver(parameter, total)
 
     def _deliver(self, parameter: Tensor, grad: Tensor) -> None:
-        if self.asked or parameter._backward_hooks or not parameter.is_leaf:
+        if self.asked or has_hooks(parameter) or not parameter.is_leaf:
             self.returned[id(parameter)] = grad.to(parameter.dtype)
         else:
             accumulate(parameter, grad)
@@ -205,8 +204,7 @@ def of_tensor(tensor: Tensor | None) -> Hashable:
 
 
 def accumulate(parameter: Tensor, grad: Tensor) -> None:
-    """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout; then the parameter's
-    post-accumulate hooks run."""
+    """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout."""
     if grad.dtype != parameter.dtype:
         grad = grad.to(parameter.dtype)
     there, mine, wanted = parameter.grad, grad.stride(), parameter.stride()
@@ -216,6 +214,9 @@ def accumulate(parameter: Tensor, grad: Tensor) -> None:
         parameter.grad = grad  # by autograd's own rule for taking it as it is
     else:
         parameter.grad = torch.empty_like(parameter).copy_(grad)
-    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
-    for hook in tuple(hooks.values()) if hooks else ():
-        hook(parameter)
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """On its gradient, or on `.grad` when that is complete. Autograd runs both, the latter also where it is given no
+    gradient: whoever added to `.grad` and ran them would run them twice."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))

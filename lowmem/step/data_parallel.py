@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lowmem.core.errors import PeerFailed
+from lowmem.core.errors import PeerFailed, PreflightError
 from lowmem.distributed.group import Group, Split
 from lowmem.distributed.reducer import Reducer
 from lowmem.remat import PlannedModule
+from lowmem.remat.operation import has_hooks
 from lowmem.remat.stage import Stage
 
 
@@ -26,8 +27,14 @@ class DataParallelStep:
     """What `TrainStep` does with the other processes, for a network that the executor runs."""
 
     def __init__(self, run: PlannedModule, group: Group, split: Split, device: str, *, sync_bn: bool) -> None:
+        """Raises PreflightError for a parameter with hooks."""
         self.group, self.split = group, split
         self._device = device
+        if hooked := next((name for name, one in run.named_parameters() if has_hooks(one)), None):
+            raise PreflightError(
+                f"{hooked} has a hook on its gradient, which autograd would run on each process's own and not on their "
+                "sum: take it out, or train in one process"
+            )
         seen: set[int] = set()  # what several stages use is complete with the first of them
         stages = [
             [one for one in stage.parameters() if not (id(one) in seen or seen.add(id(one)))]  # type: ignore[func-returns-value]

@@ -89,3 +89,26 @@ def test_hooks_on_all_modules_are_said_not_to_fire_inside() -> None:
             module(X)
     finally:
         handle.remove()
+
+
+def test_a_hook_on_a_complete_gradient_runs_once() -> None:
+    """And may do what it likes with it, as an optimizer that steps in the backward does: autograd of newer versions
+    runs it for a gradient that it was not given, too."""
+    plain, planned = made(_no_in_place), made(_no_in_place)
+    updated: list[list[str]] = [[], []]
+    for model, names in zip((plain, planned), updated, strict=True):
+        for name, parameter in model.named_parameters():
+
+            def update(one: torch.Tensor, name: str = name, names: list[str] = names) -> None:
+                assert one.grad is not None
+                names.append(name)
+                one.data.add_(one.grad, alpha=-0.1)
+                one.grad = None
+
+            parameter.register_post_accumulate_grad_hook(update)
+    module = apply_plan(planned, uniform([LEAN] * len(decompose(planned))))
+    for model in (plain, module):
+        torch.manual_seed(3)
+        model(X).square().sum().backward()
+    assert sorted(updated[1]) == sorted(updated[0]) == sorted(name for name, _ in plain.named_parameters())
+    assert all(map(torch.equal, planned.state_dict().values(), plain.state_dict().values()))

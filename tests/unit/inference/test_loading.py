@@ -3,6 +3,7 @@ the run's network, or a file that has changed since, is refused."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import CorruptCheckpoint, DataError, LowmemError, PreflightError, UsageError
 from lowmem.data import eval_batches, load
 from lowmem.inference import LoadedRun, load_run
-from lowmem.lifecycle import run_training
+from lowmem.lifecycle import resume_training, run_training
 from lowmem.models import make_network
 from tests.tiny import Heard, sets, tiny
 
@@ -151,7 +152,7 @@ def test_a_changed_file_is_not_run(own: Path, tmp_path: Path) -> None:
     assert load_run(own).model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
 
 
-@pytest.mark.parametrize("where", ["beside", "inside"])
+@pytest.mark.parametrize("where", ["beside", "inside", "no hash"])
 def test_a_file_that_came_with_the_run_is_not_run(
     where: str, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,10 +164,18 @@ def test_a_file_that_came_with_the_run_is_not_run(
     config, old = (run / "config.yaml").read_text(), own.parent / "my_net.py"
     config = config.replace(hash_of(old.read_bytes()), hash_of(file.read_bytes()))
     config = config.replace(str(old), "my_net.py" if where == "beside" else str(file))
+    if where == "no hash":
+        file, config = file.rename(tmp_path / "my_net.py"), config.replace(str(file), str(tmp_path / "my_net.py"))
+        config = re.sub(r"(?m)^  sha256: .*", "  sha256: {}", config)
+    config = re.sub("memory_format: .*", "memory_format: auto", config)  # which looks at the network
     (run / "config.yaml").write_text(config)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PreflightError, match=r"no hash of \S*my_net.py is recorded, and it is not run without"):
         load_run(run)
+    with pytest.raises(LowmemError):
+        resume_training(run, {"train.epochs": 2})
+    with pytest.raises(LowmemError):
+        resume_training(run)
     assert not ran.exists()
 
 

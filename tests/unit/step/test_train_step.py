@@ -8,12 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowmem.config.optimization import OptimConfig
+from lowmem.core.errors import PreflightError
+from lowmem.distributed.group import Group, Split
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
 from lowmem.runs.checkpoint_state import RunState
+from lowmem.step.data_parallel import DataParallelStep
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 from lowmem.train.replica import capture
@@ -207,3 +210,16 @@ def test_without_momentum_there_is_none() -> None:
     assert not isinstance(Undo(step, model).attempt(lambda: step(*_batch(8), 0.1)), Failure)
     assert not torch.equal(before, model.conv1.weight)
     assert not any(slots.get("momentum_buffer") is not None for slots in optimizer.state.values())
+
+
+def test_several_processes_refuse_a_hook_on_a_gradient() -> None:
+    model = build("res20", width=2)
+    run = apply_plan(model, uniform([SAVE_ALL] * len(stage_names(model))))
+    split = Split((4,), micro_batches=(4,))
+    DataParallelStep(run, Group(), split, "cpu", sync_bn=False)
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        handle = getattr(model.layer2[0].conv1.weight, register)(lambda gradient: None)
+        with pytest.raises(PreflightError, match=r"^layer2\.0\.conv1\.weight has a hook on its gradient"):
+            DataParallelStep(run, Group(), split, "cpu", sync_bn=False)
+        handle.remove()
+    DataParallelStep(run, Group(), split, "cpu", sync_bn=False)
