@@ -59,8 +59,9 @@ def fit_into_hours(trainer: Trainer, settings: Settings, folder: RunFolder, epoc
         trainer.config = settings.config
         trainer.identity = identity_of(settings.config, trainer.dataset)
         trainer.group.lead(lambda: folder.write_config(to_yaml(settings)), None)
-    whole = f"{counted(epochs, 'epoch')} of {asked} fit" if epochs < asked else f"all {counted(asked, 'epoch')} fit"
-    scaled = ", and the schedule is scaled to them" if epochs < asked else ""
+    of = f" of {asked}" if epochs < asked else ""
+    whole = f"{'all ' * (1 < epochs == asked)}{counted(epochs, 'epoch')}{of} {'fits' if epochs == 1 else 'fit'}"
+    scaled = f", and the schedule is scaled to {'it' if epochs == 1 else 'them'}" if epochs < asked else ""
     trainer.observer.note(
         f"train.hours = {hours:g}: {whole}, about {format_duration(epochs * epoch_seconds)} with {each}{scaled}; when "
         f"{format_duration(3600 * hours)} of training are over, it stops and is saved"

@@ -47,7 +47,7 @@ def read_initial(file: Path) -> InitialWeights:
     except OSError as error:
         raise PreflightError(f"the weights {file} cannot be read ({error.strerror or error}): {way_out}") from None
     try:
-        if file.suffix == ".safetensors":
+        if file.suffix == ".safetensors" or data[8:9] == b"{":  # what torch writes begins otherwise
             from safetensors.torch import load
 
             loaded: object = load(data)

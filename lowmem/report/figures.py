@@ -247,7 +247,9 @@ def draw_rate_curve(title: str, past: Points, before: Points, after: Points, for
     Each curve: (epochs done, rate), drawn from point to point (`stairs`, of rates that hold); any may be empty.
     `fork_at`: epochs done at the fork.
     """
-    limits = log_limits([rate for points in (past, before, after) for _, rate in points if rate > 0] or [1.0])
+    rates = [rate for points in (past, before, after) for _, rate in points] or [1.0]
+    log = min(rates) > 0  # a smooth schedule may end at zero, where a log scale never comes
+    limits = log_limits(rates) if log else (0.0, 1.08 * max(rates) or 1.0)
     series = [Series([(fork_at, rate) for rate in limits], LineStyle(style.NEUTRAL, style.DOTTED, 1.0))]
     for points, look, words, inside in (
         (past, LineStyle("#000000", width=2.0), "until the fork", True),  # it ends in the middle
@@ -259,11 +261,11 @@ def draw_rate_curve(title: str, past: Points, before: Points, after: Points, for
     chart = Chart(
         title=title,
         x_title="epochs done",
-        y_title="learning rate, log scale",
+        y_title="learning rate, log scale" if log else "learning rate",
         series=series,
         x_limit=1.02 * max(fork_at, 1.0, *(at for points in (past, before, after) for at, _ in points)),
         y_limits=limits,
-        log=True,
+        log=log,
     )
     return to_bytes(draw_charts([chart], _RATE_HEIGHT_INCHES))
 

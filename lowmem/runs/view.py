@@ -166,10 +166,11 @@ class RunView:
 
     @cached_property
     def classes(self) -> int | None:
-        """Outputs of the network: by the exported weights' last layer, else by what the data set is known to have."""
+        """How many, by what the exported weights say or their last layer has, else by the data set's name."""
         for name in ("last.safetensors", "best.safetensors"):
             with suppress(Unreadable, OSError, LookupError):
-                return read_weights(self.path / "weights" / name)[0]["linear.bias"][0]
+                shapes, info = read_weights(self.path / "weights" / name)
+                return len(info.classes) if info.classes else shapes["linear.bias"][0]
         return {"cifar10": 10, "fashion-mnist": 10, "cifar100": 100}.get(self.config.data.source)
 
     @cached_property

@@ -93,8 +93,8 @@ def test_strange_losses(make_run: MakeRun, loss: str) -> None:
         assert_margins_are_white(picture.png)
 
 
-def test_a_run_that_diverged_is_seen_even_alone(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is lowest; and the chart says what it leaves out, and which line is what."""
+def watch_charts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Chart, str]]:
+    """Grows with every figure that is drawn: its first chart, and the remark."""
     drawn: list[tuple[Chart, str]] = []
 
     def record(charts: list[Chart], height: float, remark: str = "") -> Figure:
@@ -102,6 +102,12 @@ def test_a_run_that_diverged_is_seen_even_alone(make_run: MakeRun, monkeypatch: 
         return draw_charts(charts, height, remark)
 
     monkeypatch.setattr(figures, "draw_charts", record)
+    return drawn
+
+
+def test_a_run_that_diverged_is_seen_even_alone(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is lowest; and the chart says what it leaves out, and which line is what."""
+    drawn = watch_charts(monkeypatch)
     run = make_run("res20", done=2)
     rows = (run / "metrics.csv").read_text(encoding="utf-8").splitlines()
     losses = ("9341813685810.4258", "12345.678")
@@ -158,6 +164,16 @@ def test_a_reports_figures_are_the_same_bytes(make_run: MakeRun) -> None:
 )
 def test_a_fork_of_which_little_is_known(points: list[tuple[float, float]]) -> None:
     assert_margins_are_white(draw_rate_curve("b", points, points, points, 2.0))
+
+
+def test_a_rate_that_ends_at_zero_is_drawn_on_a_linear_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = watch_charts(monkeypatch)
+    for last in (0.01, 0.0):
+        draw_rate_curve("b", [(0.0, 0.1), (2.0, 0.2)], [], [(2.0, 0.2), (3.0, last)], 2.0)
+    (log, _), (linear, _) = drawn
+    assert (log.log, log.y_title) == (True, "learning rate, log scale")
+    assert (linear.log, linear.y_title, linear.y_limits[0]) == (False, "learning rate", 0.0)
+    assert linear.y_limits[1] > 0.2
 
 
 def test_a_rate_holds_up_to_the_next() -> None:

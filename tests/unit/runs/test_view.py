@@ -20,6 +20,7 @@ from lowmem.core.errors import UsageError
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE
 from lowmem.runs.view import RunView, read_run, summarize
 from lowmem.runs.watch import Live
+from lowmem.runs.weights import WeightsInfo
 
 
 @pytest.fixture
@@ -225,6 +226,9 @@ def test_best_weights(run: Path) -> None:
     best = read_run(run).best
     assert best is not None
     assert (best.epoch, best.error_pct, best.chosen_on) == (None, None, None)
+    says = WeightsInfo(spec="torchvision:resnet18", classes=("cat", "dog", "ship"))
+    save_file({"fc.bias": np.zeros(3, np.float32)}, path, says.to_metadata())
+    assert read_run(run).classes == 3  # whatever the network calls its last layer
     path.write_bytes(b"garbage")
     history = read_run(run)
     assert history.best is None
