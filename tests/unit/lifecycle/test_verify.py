@@ -109,7 +109,7 @@ FOUND: dict[str, tuple[Callable[[Path], object], str, str, bool]] = {
     "row lost": (_edit("metrics.csv", lambda t: t.rpartition("\n2,")[0] + "\n"), "metrics.csv", "1 of 2 rows", True),
     "other header": (_edit("steps.csv", lambda t: "x" + t), "steps.csv", "other columns", False),
     "rows of lost checkpoints": (
-        _edit("metrics.csv", lambda t: t + "".join(f"{n},{3 * n},0.1,,,,,,,,,,,\n" for n in (3, 4))),
+        _edit("metrics.csv", lambda t: t + "".join(f"{n},{3 * n},0.1,,,,,,,,,,,,,,,,,\n" for n in (3, 4))),
         "metrics.csv", "newer checkpoints", True,
     ),
     "weights cut off": (
