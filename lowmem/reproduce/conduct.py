@@ -104,7 +104,8 @@ def last_words(asked: Asked) -> str:
         )
     left = [member.name for member in ALL if standing_of(job, member).state == "to go on"]
     others = f"; begun and not finished: {', '.join(left)}" if left else ""
-    epochs = counted(job.settings.config.train.epochs, "epoch")
+    train = job.settings.config.train
+    epochs = counted(train.epochs, "epoch") + (" at most" if train.patience is not None else "")
     return f"{job.path} is finished: {runs} of {epochs}{others}"
 
 
@@ -186,7 +187,7 @@ def refuse_interrupted(asked: Asked, conductor: Conductor, where: str) -> None:
 
 def _words(standing: Standing) -> str:
     if standing.state == "finished":
-        return f"is finished ({counted(standing.epochs, 'epoch')})"
+        return f"is finished ({counted(int(standing.epochs_done), 'epoch')})"
     if standing.state == "stopped":
         return f"was stopped at step {standing.step} as asked (train.max_steps)"
     if not standing.begun:
