@@ -18,7 +18,7 @@ from lowmem.core.units import format_number
 from lowmem.report import style
 from lowmem.report.agg import drawn_alike
 from lowmem.report.chart import Chart, draw_charts, log_limits, to_bytes
-from lowmem.report.naming import NamedRun, find_pairs
+from lowmem.report.naming import NamedRun, common_classes, find_pairs
 from lowmem.report.style import LineStyle, Picture, Points, Series
 from lowmem.runs.rows import EpochRow, GradientRow, GradientRows
 from lowmem.runs.view import RunView
@@ -86,12 +86,6 @@ def step_losses(history: RunView) -> list[tuple[float, float]]:
 
 def _finite(points: Iterable[tuple[float, float | None]]) -> list[tuple[float, float]]:
     return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-
-
-def common_classes(runs: Sequence[NamedRun]) -> int | None:
-    """The number of classes if all runs that know it agree: there is one chance level or none."""
-    known = {run.history.classes for run in runs if run.history.classes is not None}
-    return known.pop() if len(known) == 1 else None
 
 
 def _draw(runs: Sequence[NamedRun], panels: Sequence[Panel], file_name: str, title: str) -> list[Picture]:

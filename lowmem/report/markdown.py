@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from lowmem.core.reading import escape_markdown
 from lowmem.core.units import counted, format_loss
 from lowmem.report import tables
-from lowmem.report.naming import NamedRun
+from lowmem.report.naming import NamedRun, common_classes
 from lowmem.report.style import Picture
 from lowmem.report.tables import UNKNOWN, percent, times
 from lowmem.runs.view import RunView
@@ -55,9 +55,9 @@ def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
     elif empty := [escape_markdown(run.name) for run in runs if run.history.epochs_done == 0]:
         parts.append(f"Without a curve, having completed no epoch yet: {', '.join(empty)}.")
     if pictures:
-        parts.append(
-            "Chance is what guessing among the classes gives: of 10 classes, 90 % errors and a loss of ln 10 = 2.303."
-        )
+        many = common_classes(runs) or 10
+        rates = f"{100 * (1 - 1 / many):.4g} % errors and a loss of ln {many} = {math.log(many):.3f}"
+        parts.append(f"Chance is what guessing among the classes gives: of {counted(many, 'class')}, {rates}.")
     for picture in pictures:
         title = escape_markdown(picture.title)
         parts += [f"### {title}", f"![{title}]({picture.file_name})", picture.remark]

@@ -28,6 +28,12 @@ class NamedRun:
     style: LineStyle  # the network's, the runs of one network getting thinner in turn
 
 
+def common_classes(runs: Sequence[NamedRun]) -> int | None:
+    """The number of classes if all runs that know it agree: there is one chance level or none."""
+    known = {run.history.classes for run in runs if run.history.classes is not None}
+    return known.pop() if len(known) == 1 else None
+
+
 def network_name(model: ModelConfig) -> str:
     """`Res110`, `CNN56`; with the block if it is not the published one: `Res110-bottleneck`."""
     if model.spec is not None:

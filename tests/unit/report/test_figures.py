@@ -17,7 +17,6 @@ from lowmem.report.chart import Chart, draw_charts
 from lowmem.report.figures import (
     LOSS,
     TEST_ERROR,
-    common_classes,
     draw_rate_curve,
     draw_training,
     epoch_points,
@@ -25,6 +24,7 @@ from lowmem.report.figures import (
     step_losses,
 )
 from lowmem.report.method_figures import Bar, draw_acceptance, draw_memory_curve
+from lowmem.report.naming import common_classes
 from lowmem.report.style import DPI, WIDTH_INCHES, Picture
 from tests.unit.report.fake_runs import MakeRun, named
 

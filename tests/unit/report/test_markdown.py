@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from lowmem.report.figures import draw_training
 from lowmem.report.markdown import render, to_page
 from lowmem.report.style import Picture
+from lowmem.runs.weights import WeightsInfo
 from tests.unit.report.fake_runs import MakeRun, named
 
 
@@ -35,6 +39,15 @@ def test_one_finished_run(make_run: MakeRun) -> None:
     assert line(text, "Time").startswith("- Time: 7:20 in all; 5")
     assert "GTX 1060" in line(text, "Hardware")
     assert "torch 2.7.1" in line(text, "Versions")
+
+
+def test_chance_is_that_of_the_runs_classes(make_run: MakeRun) -> None:
+    run = make_run("res20")
+    assert "of 10 classes, 90 % errors and a loss of ln 10 = 2.303." in document(run)
+    (run / "weights").mkdir(exist_ok=True)
+    says = WeightsInfo(classes=("cat", "dog", "ship"))
+    save_file({"linear.bias": np.zeros(3, np.float32)}, run / "weights" / "last.safetensors", says.to_metadata())
+    assert "of 3 classes, 66.67 % errors and a loss of ln 3 = 1.099." in document(run)
 
 
 def test_what_the_best_weights_were_chosen_on(make_run: MakeRun) -> None:
