@@ -142,7 +142,8 @@ def frozen_parts_are_left_alone(group: Group) -> None:
         settings = small.config(sync_bn=sync_bn, freeze=frozen)
         ours = small.trainer(group, settings, data, Split(shares, group.rank), dtype=torch.float64)
         one = small.trainer(Group(), settings, data, dtype=torch.float64)
-        before = {name: tensor.clone() for name, tensor in ours.model.state_dict().items()}
+        # Without the counts of batches, of which one that has no pictures makes none.
+        before = {name: one.clone() for name, one in ours.model.state_dict().items() if one.is_floating_point()}
         for step in range(3):
             gradients, _ = _step(ours, 0, step, torch.float64)
             expected, _ = _step(one, 0, step, torch.float64)
@@ -151,7 +152,7 @@ def frozen_parts_are_left_alone(group: Group) -> None:
                 scale = float(expected[name].abs().max())
                 torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10 * scale)
         assert are_alike(group, ours.model)
-        stays = {name for name, tensor in ours.model.state_dict().items() if torch.equal(tensor, before[name])}
+        stays = {name for name, tensor in before.items() if torch.equal(tensor, ours.model.state_dict()[name])}
         assert stays == {name for name in before if any(fnmatch(name, f"{pattern}*") for pattern in frozen)}
 
 
