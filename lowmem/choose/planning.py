@@ -68,10 +68,10 @@ def make_plan(
     one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. `host`: memory
     in which tensors may wait between forward and backward, and how fast they get there (`lowmem.plan.hosting`); None:
     they do not. Raises Infeasible with the least that fits, ValueError if neither budget nor card is given, for a
-    budget without its unit, for stages that are no modules of the network, or for a network that cannot be planned
-    (NotTraceable), PreflightError if, planned, it computes something else (`lowmem.remat.same_forward`; of a model on
-    `meta` nobody can tell) or for bf16 on a `card` without. What cannot be planned inside is named among the plan's
-    candidates.
+    budget without its unit, for another optimizer, for stages that are no modules of the network, or for a network that
+    cannot be planned (NotTraceable), PreflightError if, planned, it computes something else
+    (`lowmem.remat.same_forward`; of a model on `meta` nobody can tell) or for bf16 on a `card` without. What cannot be
+    planned inside is named among the plan's candidates.
     """
     if isinstance(budget, Budget):
         limits = budget
@@ -91,10 +91,6 @@ def make_plan(
         batch_norm = "library" if on_cuda or card is not None else "native"
     if card is not None:
         refuse_bf16(precision, card.name, card.capability_pair)
-    # What the other settings are changes no byte.
-    mean = {"ema": 0.999} if ema else {}
-    kind: dict[str, Any] = {"momentum": 0.9 if momentum else 0.0} if optimizer == "sgd" else {"kind": "adamw"}
-    optim = OptimConfig(**kind, **mean)
     request = Request(
         model=model,
         batch=batch,
@@ -104,13 +100,22 @@ def make_plan(
         micro_batch=micro_batch,
         allow_accumulation=allow_accumulation,
         image_shape=image_shape,
-        optim=optim,
+        optim=_optim(optimizer, momentum=momentum, ema=ema),
         batch_norm=batch_norm,
         stages=None if stages is None else tuple(name for name, _ in parts_of(model, stages)),
         host=host,
         tf32=card is not None and convolutions_in_tf32(card.capability_pair),
     )
     return choose(request).plan
+
+
+def _optim(optimizer: str, *, momentum: bool, ema: bool) -> OptimConfig:
+    """What decides bytes; what the other settings are changes none. Raises ValueError."""
+    adam: dict[str, Any] = {"kind": "adamw"}
+    kinds = {"sgd": {"momentum": 0.9 if momentum else 0.0}, "adam": adam, "adamw": adam}
+    if optimizer not in kinds:
+        raise ValueError(f"what {optimizer!r} keeps is not known here: give what keeps as much, {', '.join(kinds)}")
+    return OptimConfig(**kinds[optimizer], ema=0.999 if ema else None)
 
 
 def choose(request: Request) -> Choice:

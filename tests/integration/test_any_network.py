@@ -10,9 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +22,9 @@ from lowmem.cli.main import _run
 from lowmem.core.reading import read_json
 from lowmem.runs.view import read_run
 from tests.conftest import assert_same_run, environment
+from tests.pictures import photographs
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"  # {train,test}/<class>/*.jpg
 NET = """
 from torch import nn
 
@@ -125,8 +123,6 @@ def test_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.slow
 def test_resnet18_on_photographs(tmp_path: Path) -> None:
-    if not CIFAR.is_file():
-        pytest.skip(f"needs pictures: {CIFAR}")
     enlarged(tmp_path / "pictures", {"train": 20, "test": 5})
     words = ["--model", "torchvision:resnet18", "--image-size", "128", "--batch", "16", "--tensors", "185M"]
     words += ["--data", f"folder:{tmp_path / 'pictures'}", "--set", f"data.cache={tmp_path / 'cache'}"]
@@ -138,16 +134,7 @@ def test_resnet18_on_photographs(tmp_path: Path) -> None:
 
 def enlarged(folder: Path, most: dict[str, int]) -> None:
     """So many of each class, at 160x160."""
-    count: Counter[tuple[str, str]] = Counter()
-    with tarfile.open(CIFAR) as archive:
-        for member in archive:
-            if not member.isfile() or member.name.count("/") != 2:
-                continue
-            part, kind, name = member.name.split("/")
-            file = archive.extractfile(member)
-            if file is None or count[part, kind] >= most[part]:
-                continue
-            count[part, kind] += 1
-            (folder / part / kind).mkdir(parents=True, exist_ok=True)
-            picture = Image.open(io.BytesIO(file.read())).convert("RGB")
-            picture.resize((160, 160), Image.Resampling.BICUBIC).save(folder / part / kind / name, quality=92)
+    for part, kind, name, data in photographs(most):
+        (folder / part / kind).mkdir(parents=True, exist_ok=True)
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        picture.resize((160, 160), Image.Resampling.BICUBIC).save(folder / part / kind / name, quality=92)

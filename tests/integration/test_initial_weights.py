@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from lowmem.core.errors import PreflightError, UsageError
 from lowmem.lifecycle import fork_run, resume_training, run_training
 from lowmem.models import make_network
 from lowmem.runs import checkpoint as checkpoints
+from tests import pictures
 from tests.conftest import assert_same_run
 from tests.distributed.torchrun import torchrun
 from tests.tiny import Heard, arguments, make_run, tiny
@@ -69,16 +68,10 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pets(tmp_path: Path) -> tuple[str, ...]:
     """Settings of pictures of two classes."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 6), ("test", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / "pets" / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "pets" / part / name / f"{number}.png")
+    folder = pictures.pets(tmp_path, size=(32, 32))
     cache = f"data.cache={tmp_path / 'cache'}"
     subsets = ("data.train_subset=null", "data.test_subset=null", "train.batch=4", "train.epochs=1")
-    return f"data.source=folder:{tmp_path / 'pets'}", cache, *subsets
+    return f"data.source=folder:{folder}", cache, *subsets
 
 
 def test_the_best_of_a_run_with_other_classes(parent: Path, pets: tuple[str, ...], tmp_path: Path) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import tarfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from lowmem.cli.main import _run
+from tests import pictures
 from tests.conftest import assert_same_run
-from tests.integration.test_any_network import CIFAR
 from tests.tiny import arguments
 
 CLASSES = ("cat", "ship", "truck")
@@ -24,25 +22,12 @@ CHANGES = ("data.train_subset=null", "data.test_subset=null", "train.batch=10", 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In one folder, by numbers; `list.csv` says of which class they are, in the order in which they came."""
-    if not CIFAR.is_file():
-        pytest.skip(f"needs pictures: {CIFAR}")
-    root, count, lines = tmp_path_factory.mktemp("photographs"), Counter[tuple[str, str]](), []
+    root, lines = tmp_path_factory.mktemp("photographs"), []
     (root / "in one place").mkdir()
-    with tarfile.open(CIFAR) as archive:
-        for member in archive:
-            if not member.isfile() or member.name.count("/") != 2:
-                continue
-            part, kind, _ = member.name.split("/")
-            if kind not in CLASSES or count[part, kind] >= MOST[part]:
-                continue
-            count[part, kind] += 1
-            file = archive.extractfile(member)
-            assert file is not None
-            name = f"in one place/no {len(lines)}, a photo.jpg"
-            (root / name).write_bytes(file.read())
-            lines.append((name, kind, part))
-            if sum(count.values()) == len(CLASSES) * sum(MOST.values()):
-                break
+    for part, kind, _, data in pictures.photographs(MOST, CLASSES):
+        name = f"in one place/no {len(lines)}, a photo.jpg"
+        (root / name).write_bytes(data)
+        lines.append((name, kind, part))
     write(root / "list.csv", lines)
     return root
 

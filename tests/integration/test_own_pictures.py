@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import lowmem
 from lowmem.cli.main import _run
@@ -17,20 +15,14 @@ from lowmem.config.settings import from_yaml, gather
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle import run_training
 from lowmem.reproduce.job import Job, read_job
+from tests import pictures
 from tests.tiny import Heard, tiny
 
 
 @pytest.fixture
 def pets(tmp_path: Path) -> Path:
     """Twelve training pictures and four test pictures of two classes, wide ones."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 6), ("test", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / "pets" / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "pets" / part / name / f"{number}.png")
-    return tmp_path / "pets"
+    return pictures.pets(tmp_path)
 
 
 def begin(pets: Path, *changes: str, observer: Heard | None = None) -> Path:

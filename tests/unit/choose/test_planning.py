@@ -159,6 +159,8 @@ def test_what_the_optimizer_keeps_is_part_of_the_plan() -> None:
         more = int(copies) * sizes + counts * (copies % 1 > 0)
         # Small tensors are rounded up, and so is each in the copies by which a failed update is noticed.
         assert more <= size - (taken[0] or 0) <= more + int(copies) * 512 * len(parameters) + 4096
+    with pytest.raises(ValueError, match="'lion' keeps is not known here: give what keeps as much, sgd, adam, adamw"):
+        make_plan(MODEL, batch=8, budget="60M", optimizer="lion")  # type: ignore[arg-type]
 
 
 def test_bf16_on_cards_that_have_it() -> None:

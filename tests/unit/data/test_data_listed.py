@@ -7,27 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError, UsageError
 from lowmem.data import Dataset, find_pictures, load
+from tests import pictures
 
 
 @pytest.fixture
 def pets(tmp_path: Path) -> Path:
     """Four training pictures and two test pictures of each of two classes, in class folders."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 4), ("test", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / "pets" / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "pets" / part / name / f"{number}.png")
-    return tmp_path / "pets"
+    return pictures.pets(tmp_path, 4, size=(40, 50))
 
 
 def rows(pets: Path) -> list[tuple[str, str, str]]:

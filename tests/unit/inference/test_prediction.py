@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,9 @@ from lowmem.config.settings import gather
 from lowmem.inference import load_run
 from lowmem.inference.prediction import predict
 from lowmem.lifecycle import run_training
+from tests import pictures
 from tests.tiny import Heard, sets, tiny
 
-CIFAR = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"  # {train,test}/<class>/*.jpg
 NET = """
 from torch import nn
 
@@ -36,20 +35,11 @@ class Net(nn.Sequential):
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders with twenty photographs of airplanes and of automobiles: those that come first in the archive."""
-    if not CIFAR.is_file():
-        pytest.skip(f"needs pictures: {CIFAR}")
     folder = tmp_path_factory.mktemp("photographs") / "classes"
-    with tarfile.open(CIFAR) as archive:
-        for member in archive:
-            _, kind, name = member.name.split("/") if member.isfile() else ("", "", "")
-            there = folder / kind
-            file = archive.extractfile(member) if kind in ("airplane", "automobile") else None
-            if file is not None and not (there.is_dir() and len(os.listdir(there)) == 20):
-                there.mkdir(parents=True, exist_ok=True)
-                (there / name).write_bytes(file.read())
-            if kind == "automobile" and len(os.listdir(there)) == 20:
-                return folder
-    raise AssertionError("the archive holds other pictures")
+    for _, kind, name, data in pictures.photographs({"train": 20}, ("airplane", "automobile")):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        (folder / kind / name).write_bytes(data)
+    return folder
 
 
 @pytest.fixture(scope="module")
